@@ -1,0 +1,169 @@
+"""F0: the records that pass between the floors, and the protocol a policy fills in.
+
+Letters used in every shape of this project: P prompts, G samples of each, B = P * G rows (prompt-major), T tokens
+(left-padded prompt, then completion), L mixture-of-experts layers, E experts, K active experts, D width,
+V vocabulary, S cache slots.
+
+Alignment: "slot t" describes `tokens[:, t]`. Its log-probability and its routing both come from position t - 1, the
+position whose logits scored that token (`rspo_jax.routing.to_slots` and `to_positions` move between the two).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Array = jax.Array
+Params = Any  # a pytree of arrays
+Cache = Any  # a pytree: leaves of rank >= 1 lead with the batch axis, scalars are shared by all rows
+
+
+class Probe(Protocol):
+  """Looks at one mixture-of-experts layer inside the layer scan; what it returns is stacked over layers."""
+
+  def __call__(self, router_logits: Array, expert_index: Array, probe_inputs: Any) -> Any:
+    """router_logits [B, T, E] float32; expert_index [B, T, K] int32, the choice the layer executes; probe_inputs is
+    this layer's slice of what `Policy.forward` was given (None if it was given None)."""
+
+
+def router_logits_probe(router_logits: Array, expert_index: Array, probe_inputs: Any) -> Array:
+  """The default probe: hands out the router logits, so a forward returns them as [L, B, T, E]."""
+  del expert_index, probe_inputs
+  return router_logits
+
+
+class Policy(NamedTuple):
+  """A mixture-of-experts language model as pure functions. Anything that fills this in can be sampled and trained.
+
+  Attributes:
+    init: key -> params.
+    logical_axes: () -> a pytree like params whose leaves are tuples of logical axis names, one per array axis.
+    forward: (params, tokens [B, T] int32, valid [B, T] bool, *, probe, probe_inputs, replay) -> (hidden [B, T, D],
+      probed). `probe` defaults to `router_logits_probe`; every leaf of `probe_inputs` and of `probed` leads with L.
+      `replay` [L, B, T, K] int32 pins the experts of every position; gates still come from the live router.
+    unembed: (params, hidden [..., D]) -> logits [..., V] float32.
+    for_decode: params -> the same weights laid out for `decode` and `prefill`; call it once, outside the decode loop.
+    init_cache: (batch, slots) -> an empty cache for that many rows and tokens.
+    prefill: (decode params, tokens [B, T], valid [B, T], cache, *, probe) -> (hidden [B, T, D], probed, cache).
+    decode: (decode params, tokens [B], valid [B], cache, *, probe) -> (hidden [B, D], probed, cache). A row whose
+      `valid` is False is computed but neither routed to experts nor remembered.
+    router_log_prob: router logits [..., E] -> log-probabilities [..., E] float32 of the router, as router shift
+      compares them (softmax over all experts for softmax routers, log-sigmoid for sigmoid routers).
+    num_moe_layers, num_experts, experts_per_token, vocab_size: L, E, K, V.
+  """
+
+  init: Callable[[Array], Params]
+  logical_axes: Callable[[], Any]
+  forward: Callable[..., tuple[Array, Any]]
+  unembed: Callable[[Params, Array], Array]
+  for_decode: Callable[[Params], Any]
+  init_cache: Callable[[int, int], Cache]
+  prefill: Callable[..., tuple[Array, Any, Cache]]
+  decode: Callable[..., tuple[Array, Any, Cache]]
+  router_log_prob: Callable[[Array], Array]
+  num_moe_layers: int
+  num_experts: int
+  experts_per_token: int
+  vocab_size: int
+
+
+class Layout(NamedTuple):
+  """A device mesh and the one table that says which mesh axes a logical axis is split over."""
+
+  mesh: Mesh
+  rules: Mapping[str, str | tuple[str, ...] | None]
+
+  def spec(self, *logical: str | None) -> PartitionSpec:
+    """The partition of an array whose axes have these logical names. KeyError for a name the table does not hold."""
+    return PartitionSpec(*(None if name is None else self.rules[name] for name in logical))
+
+  def sharding(self, *logical: str | None) -> NamedSharding:
+    return NamedSharding(self.mesh, self.spec(*logical))
+
+  @property
+  def batch_shards(self) -> int:
+    """Into how many pieces the batch axis is cut."""
+    axes = self.rules["batch"] or ()
+    shards = 1
+    for axis in (axes,) if isinstance(axes, str) else axes:
+      shards *= self.mesh.shape[axis]
+    return shards
+
+
+class Weighted(NamedTuple):
+  """A mean carried as (sum, weight) until the last division, so that parts of a batch add up exactly."""
+
+  total: Array
+  weight: Array
+
+  def __add__(self, other: "Weighted") -> "Weighted":  # type: ignore[override]
+    return Weighted(self.total + other.total, self.weight + other.weight)
+
+  @property
+  def mean(self) -> Array:
+    """total / weight; 0 where nothing was weighed."""
+    return self.total / jax.numpy.where(self.weight > 0, self.weight, 1)
+
+
+@struct.dataclass
+class RoutingTrace:
+  """What the router did for every slot, kept from scoring to the update. Batch-major, so a minibatch is one tree.map.
+
+  Attributes:
+    expert_index: [B, T, L, K] uint8 (E <= 256) or uint16.
+    log_prob: [B, T, L, K] float16, the router's log-probability of those experts, nats. The deviation is taken
+      against new values rounded the same way, so an unmoved router deviates by exactly 0.
+  """
+
+  expert_index: Array
+  log_prob: Array
+
+
+@struct.dataclass
+class Rollout:
+  """Completions drawn by the sampler. T = prompt slots + new slots.
+
+  Attributes:
+    tokens: [B, T] int32. valid: [B, T] bool, prompt and completion tokens. action_mask: [B, T] bool, the tokens the
+      policy chose (the stop token included).
+    sampler_log_prob: [B, T] float32, nats, of the distribution each token was drawn from (tempered, truncated).
+    log_prob: [B, T] float32, nats, of the same tokens at temperature 1 without truncation.
+    finished: [B] bool, ended by a stop token; False means cut off at the length limit.
+  """
+
+  tokens: Array
+  valid: Array
+  action_mask: Array
+  sampler_log_prob: Array
+  log_prob: Array
+  finished: Array
+
+
+@struct.dataclass
+class TrainBatch:
+  """One minibatch of the update; everything [B, T] is slot-aligned.
+
+  Attributes:
+    tokens, valid, action_mask: as in `Rollout`.
+    old_log_prob: [B, T] float32, nats, under the policy that sampled.
+    advantage: [B] float32.
+    old_routing: the trace of the forward that gave old_log_prob, or None when the router is not watched.
+  """
+
+  tokens: Array
+  valid: Array
+  action_mask: Array
+  old_log_prob: Array
+  advantage: Array
+  old_routing: RoutingTrace | None = None
+
+
+@struct.dataclass
+class TrainState:
+  """What an update changes. step: [] int32, updates taken. Random keys are folded from (seed, step), never stored."""
+
+  params: Params
+  opt_state: Any
+  step: Array
