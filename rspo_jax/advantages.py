@@ -13,12 +13,12 @@ def _groups(reward: Array, samples_per_prompt: int) -> Array:
     raise ValueError(f"reward has shape {reward.shape}; want [B], one reward per row.")
   if samples_per_prompt < 2:
     raise ValueError(
-      f"samples_per_prompt is {samples_per_prompt}; a group needs at least 2 samples to have a baseline of its own."
+      f"samples_per_prompt is {samples_per_prompt}; a group needs at least 2 samples to have a baseline."
     )
   if reward.shape[0] % samples_per_prompt:
     raise ValueError(
-      f"{reward.shape[0]} rewards do not divide into groups of samples_per_prompt={samples_per_prompt}; want prompt-major "
-      "rows, all samples of a prompt side by side, every group complete."
+      f"{reward.shape[0]} rewards do not divide into groups of samples_per_prompt={samples_per_prompt}; "
+      "want prompt-major rows, all samples of a prompt side by side, every group complete."
     )
   return reward.astype(jnp.promote_types(reward.dtype, jnp.float32)).reshape(-1, samples_per_prompt)
 
@@ -37,8 +37,8 @@ def group_advantages(
     reward: [B], prompt-major: the G samples of a prompt side by side.
     samples_per_prompt: G >= 2.
     normalize_std: divide by the group's standard deviation; without, advantages keep the reward's unit.
-    ddof: the deviation divides by G - ddof. The paper only says "std"; 1 is torch.std's default, which the GRPO of both
-      TRL and verl use; 0 is numpy's.
+    ddof: the deviation divides by G - ddof. The paper only says "std"; 1 is torch.std's default, which the
+      GRPO of both TRL and verl use; 0 is numpy's.
     epsilon: added to the deviation, in the reward's unit (verl 1e-6, TRL 1e-4).
   Returns:
     [B] float32, no gradient; mean 0 in every group; exactly 0 in a group of equal rewards.
@@ -59,5 +59,5 @@ def group_advantages(
 
 
 def zero_variance_fraction(reward: Array, samples_per_prompt: int) -> Array:
-  """The share of groups whose rewards are all equal, which teach nothing. [] float32. Arguments and errors as above."""
+  """[] float32, the share of groups with all rewards equal: they teach nothing. Arguments as above."""
   return _zero_variance(_groups(reward, samples_per_prompt)).mean(dtype=jnp.float32)

@@ -1,6 +1,6 @@
 """F1: policy-gradient objectives in log space, one signature, and their exact aggregation over a minibatch.
 
-    objective(log_ratio [B, T], advantage [B], mask [B, T], *, log_shift, placement, eps_low, eps_high) -> Terms
+    objective(log_ratio [B, T], advantage [B], mask [B, T], *, log_shift, placement, **clip) -> Terms
 
 With q the token's log importance ratio and clip one-sided (below):
 
@@ -10,9 +10,9 @@ With q the token's log importance ratio and clip one-sided (below):
 
 Router shift enters each of them as `log_shift` (`rspo_jax.routing.router_log_shift`). RSPO is `gmpo` with it.
 
-What clipping means here: PPO's min(w A, clip(w) A) only ever binds where the ratio has already moved the way the
-advantage pushes it. So the upper bound binds for A > 0, the lower bound for A < 0, and a bound ratio is a constant:
-`clipped_high` and `clipped_low` are true exactly where the clip removes the gradient.
+What clipping means here: PPO's min(w A, clip(w) A) only binds where the ratio has already moved the way the
+advantage pushes it. So the upper bound binds for A > 0, the lower one for A < 0, and a bound ratio is a
+constant: `clipped_high` and `clipped_low` are true exactly where the clip removes the gradient.
 """
 
 import math
@@ -34,9 +34,10 @@ class Terms(NamedTuple):
   """An objective before aggregation; to be maximised. Everything is 0 or False outside the mask.
 
   Attributes:
-    objective: [B, T] float32 (float64 for float64 input). A sequence objective stands on every masked token of its
-      row, so that "sequence_mean_token_mean" returns the mean over sequences.
-    clipped_low, clipped_high: [B, T] bool, the lower or upper bound removed this token's gradient; for gspo, its row's.
+    objective: [B, T] float32 (float64 for float64 input). A sequence objective stands on every masked token
+      of its row, so that "sequence_mean_token_mean" returns the mean over sequences.
+    clipped_low, clipped_high: [B, T] bool, the lower or upper bound removed this token's gradient; for gspo,
+      its row's.
   """
 
   objective: Array
@@ -45,7 +46,7 @@ class Terms(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-  """Checked inputs; log-ratio and late shift are 0 wherever nothing may come through (padding, zero advantage)."""
+  """Checked inputs; log-ratio and shift are 0 where nothing may come through: padding and zero advantage."""
 
   log_ratio: Array  # [B, T], with the shift if it goes before the clip
   late_shift: Array  # [B, T], the shift if it goes after the clip, else 0
@@ -90,8 +91,8 @@ def _ratio_bounds(eps_low: float, eps_high: float) -> tuple[float, float]:
   """Bounds 1 - eps_low and 1 + eps_high on a ratio, as bounds on its logarithm."""
   if not (0.0 <= eps_low <= 1.0 and eps_high >= 0.0):
     raise ValueError(
-      f"eps_low is {eps_low} and eps_high is {eps_high}; the ratio is kept in [1 - eps_low, 1 + eps_high]: want eps_low "
-      "in [0, 1] (1 never clips below) and eps_high >= 0 (math.inf never clips above)."
+      f"eps_low is {eps_low} and eps_high is {eps_high}; the ratio is kept in [1 - eps_low, 1 + eps_high]: "
+      "want eps_low in [0, 1] (1 never clips below) and eps_high >= 0 (math.inf never clips above)."
     )
   return math.log1p(-eps_low) if eps_low < 1.0 else -math.inf, math.log1p(eps_high)
 
@@ -115,13 +116,15 @@ def grpo(
     advantage: [B], one for every token of the row; taken as a constant.
     mask: [B, T] bool, the tokens the policy chose.
     log_shift: [B, T] log trust in each token, nats, <= 0; taken as a constant. None is the same as 0.
-    placement: "before_clip": w is pi_new / pi_old * trust (RSPO v2). "after_clip": the clipped term times trust (v1).
+    placement: "before_clip": w is pi_new / pi_old * trust (RSPO v2). "after_clip": the clipped term times
+      trust (v1).
     eps_low, eps_high: distances of the bounds from 1, in ratio space.
   Returns:
     Terms per token.
   Raises:
     ValueError: unknown placement, or bounds that are no interval around 1.
-  Source: DeepSeekMath, arXiv 2402.03300, eq. 3 (its KL term is not part of this function); PPO, arXiv 1707.06347, eq. 7.
+  Source: DeepSeekMath, arXiv 2402.03300, eq. 3 (its KL term is not part of this function); PPO, arXiv
+    1707.06347, eq. 7.
   """
   x = _prepare(log_ratio, advantage, mask, log_shift, placement)
   clipped, low, high = _clip(x.log_ratio, x.advantage, *_ratio_bounds(eps_low, eps_high))
@@ -141,9 +144,10 @@ def gspo(
 ) -> Terms:
   """One length-normalised ratio per sequence, w = exp(mean_t q_t), clipped as in PPO.
 
-  Router shift before a clip this narrow is a trap: a mean trust below 1 - eps_low = 0.9997 puts every negative sequence
-  under the lower bound (no gradient at all) and takes positive ones away from the upper one. "after_clip" leaves the
-  window alone and multiplies the clipped term by the geometric mean of the row's trust.
+  Router shift before a clip this narrow is a trap: at ratio 1, a mean trust below 1 - eps_low = 0.9997 puts
+  every negative sequence under the lower bound (no gradient at all) and takes positive ones away from the
+  upper bound. "after_clip" leaves the window alone and multiplies the clipped term by the geometric mean of
+  the row's trust.
 
   Args and errors: as `grpo`.
   Returns:
@@ -168,14 +172,15 @@ def gmpo(
   eps_low: float = 0.4,
   eps_high: float = 0.4,
 ) -> Terms:
-  """Geometric mean of the token ratios, each clipped to [exp(-eps_low), exp(eps_high)]. With `log_shift` it is RSPO.
+  """Geometric mean of token ratios, each clipped to [exp(-eps_low), exp(eps_high)]. With `log_shift`: RSPO.
 
-  The papers write s = sign(A), c_t = min(s q_t, clip(s q_t)), J = A exp(s mean_t c_t) and bound s q_t; here q_t itself is
-  bounded, -eps_low for A < 0 and eps_high for A > 0. At equal bounds, the default, the two are one; the papers'
-  lower bound on s q_t never binds under their min, so their (eps_lo, eps_hi) is eps_low = eps_high = log eps_hi here.
+  The papers write s = sign(A), c_t = min(s q_t, clip(s q_t)), J = A exp(s mean_t c_t) and bound s q_t; here
+  q_t itself is bounded, by -eps_low for A < 0 and by eps_high for A > 0, as verl does. At equal bounds, the
+  default, the two are one. The papers' lower bound on s q_t never binds under their min: what they write
+  (eps_lo, eps_hi) is eps_low = eps_high = log(eps_hi) here.
 
-  "after_clip" is v1 as printed, J = A exp(s mean_t (c_t + log trust_t)): the trust stands under s, so it damps positive
-  sequences and AMPLIFIES negative ones.
+  "after_clip" is v1 as printed, J = A exp(s mean_t (c_t + log trust_t)): the trust stands under s, so it
+  damps positive sequences and AMPLIFIES negative ones.
 
   Args and errors: as `grpo`, except
     eps_low, eps_high: >= 0, in nats: bounds on the log-ratio.
@@ -183,10 +188,10 @@ def gmpo(
     Terms with the row's term on each of its masked tokens; the flags are the tokens' own.
   Source: GMPO, arXiv 2507.20673; RSPO, arXiv 2510.23027v2 (before the clip) and v1 (after it).
   """
-  if eps_low < 0.0 or eps_high < 0.0:
+  if not (eps_low >= 0.0 and eps_high >= 0.0):
     raise ValueError(
-      f"eps_low is {eps_low} and eps_high is {eps_high}; the log-ratio is kept in [-eps_low, eps_high]: want both >= 0 "
-      "(0.4 for a ratio in [exp(-0.4), exp(0.4)])."
+      f"eps_low is {eps_low} and eps_high is {eps_high}; the log-ratio is kept in [-eps_low, eps_high]: want "
+      "both >= 0 (0.4 for a ratio in [exp(-0.4), exp(0.4)])."
     )
   x = _prepare(log_ratio, advantage, mask, log_shift, placement)
   clipped, low, high = _clip(x.log_ratio, x.advantage, -eps_low, eps_high)
@@ -221,10 +226,10 @@ def aggregation_weight(mask: Array, mode: str) -> Array:
 
 
 def aggregate(terms: Terms, mask: Array, mode: str) -> Weighted:
-  """Sums terms so that, over any split of a batch, sum of totals / sum of weights is the mean over the whole batch.
+  """Sums terms so that, over any split of a batch, (sum of totals) / (sum of weights) is the whole's mean.
 
-  "token_mean" weighs every token alike (a sequence objective then weighs by length); "sequence_mean_token_mean" every
-  row that has a token.
+  "token_mean" weighs every token alike (a sequence objective then weighs by length),
+  "sequence_mean_token_mean" every row that has a token.
 
   Args:
     terms: from an objective, [B, T]. mask: [B, T] bool, the one the objective was given.
@@ -252,11 +257,11 @@ def policy_loss(
   log_shift: Array | None = None,
   **options,
 ) -> Array:
-  """The loss of one whole minibatch on plain arrays: minus the mean objective. RSPO by default, given a log_shift.
+  """The loss of one whole minibatch on plain arrays: minus the mean objective. With a log_shift, RSPO.
 
   Args:
-    log_prob, old_log_prob: [B, T] nats, of the tokens under the trained and the sampling policy; gradient flows into
-      the first only.
+    log_prob, old_log_prob: [B, T] nats, of the tokens under the trained and the sampling policy; gradient
+      flows into the first only.
     advantage: [B]. mask: [B, T] bool.
     objective: one of `OBJECTIVES`' functions. options: its own (placement, eps_low, eps_high).
     aggregation: one of `AGGREGATIONS`.

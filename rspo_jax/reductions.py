@@ -48,8 +48,9 @@ def masked_quantiles(x: Array, mask: Array, qs: Sequence[float]) -> Array:
   below = jnp.floor(position).astype(jnp.int32)
   above = jnp.minimum(below + 1, jnp.maximum(count - 1, 0))
   low, high = ordered[below], ordered[above]
-  # Equal neighbours are taken as they are: inf - inf would be NaN.
-  value = jnp.where(low == high, low, low + (high - low) * (position - below))
+  fraction = position - below
+  # Nothing to interpolate: taken as it is, for inf - inf and inf * 0 would be NaN.
+  value = jnp.where((low == high) | (fraction == 0), low, low + (high - low) * fraction)
   spoiled = (count == 0) | jnp.any(jnp.isnan(x))
   return jnp.where(spoiled, jnp.nan, value)
 
@@ -73,8 +74,8 @@ def k3(log_ratio: Array) -> Array:
   """The "k3" estimate of KL(p || q) per token from samples of p: r - 1 - log r with r = q / p.
 
   Args:
-    log_ratio: log q - log p at tokens drawn from p, nats. With log pi_new - log pi_old at tokens that pi_old drew, its
-      mean estimates KL(pi_old || pi_new).
+    log_ratio: log q - log p at tokens drawn from p, nats. With log pi_new - log pi_old at tokens that pi_old
+      drew, its mean estimates KL(pi_old || pi_new).
   Returns:
     Same shape, at least float32, nats, >= 0 (never negative, unlike -log_ratio, whose mean it shares).
   Source: Schulman, "Approximating KL Divergence", 2020.
@@ -84,5 +85,5 @@ def k3(log_ratio: Array) -> Array:
 
 
 def approx_kl(log_ratio: Array, mask: Array) -> Weighted:
-  """Mean `k3` where mask: KL(old || new), nats, from log_ratio = log pi_new - log pi_old at tokens the old one drew."""
+  """Mean `k3` where mask, nats: KL(pi_old || pi_new) from log pi_new - log pi_old at tokens pi_old drew."""
   return masked_mean(k3(_selected(log_ratio, mask, 0)), mask)

@@ -50,15 +50,15 @@ def to_slots(x: Array, *, axis: int = 1) -> Array:
 
 
 def to_positions(x: Array, *, axis: int = 1) -> Array:
-  """Slot-aligned to position-aligned: out[:, t] = x[:, t + 1], the last one 0. Undoes `to_slots` except there."""
+  """Slot-aligned to position-aligned: out[:, t] = x[:, t + 1], the last 0. Undoes `to_slots` except there."""
   return _shift(x, -1, axis)
 
 
 def _of_experts(router_log_prob: RouterLogProb, router_logits: Array, expert_index: Array) -> Array:
   """[B, T, E] logits, [B, T, K] experts -> [B, T, K] float16 log-probs, nats, without gradient.
 
-  `reduce_precision` does the rounding because XLA may delete a float32 -> float16 -> float32 pair of converts, which
-  would leave the new values unrounded and let an unmoved router drift.
+  `reduce_precision` does the rounding because XLA may delete a float32 -> float16 -> float32 pair of
+  converts, which would leave the new values unrounded and let an unmoved router drift.
   """
   log_prob = router_log_prob(jax.lax.stop_gradient(router_logits))
   log_prob = jnp.take_along_axis(log_prob, expert_index.astype(jnp.int32), axis=-1)
@@ -66,13 +66,13 @@ def _of_experts(router_log_prob: RouterLogProb, router_logits: Array, expert_ind
 
 
 def record_routing(router_log_prob: RouterLogProb) -> Probe:
-  """A probe that keeps what router shift needs of each layer, at most 3 bytes per (token, layer, k) for E <= 256.
+  """A probe that keeps what router shift needs of each layer: 3 bytes per (token, k) for E <= 256, else 4.
 
   Args:
     router_log_prob: `Policy.router_log_prob`.
   Returns:
-    A probe whose output is (expert_index [B, T, K] uint8, or uint16 for E > 256; log_prob [B, T, K] float16, nats).
-    Stacked over layers it goes to `stack_trace`.
+    A probe whose output is (expert_index [B, T, K] uint8, or uint16 for E > 256; log_prob [B, T, K] float16,
+    nats). Stacked over layers it goes to `stack_trace`.
   """
 
   def probe(router_logits, expert_index, probe_inputs):
@@ -84,7 +84,7 @@ def record_routing(router_log_prob: RouterLogProb) -> Probe:
 
 
 def stack_trace(probed: tuple[Array, Array]) -> RoutingTrace:
-  """(expert_index, log_prob), each [L, B, T, K] by position, from `record_routing` -> the trace, [B, T, L, K] by slot.
+  """What `record_routing` gave, each [L, B, T, K] by position -> the trace, each [B, T, L, K] by slot.
 
   Slot 0 was scored by nothing; its entries are 0.
   """
@@ -95,7 +95,7 @@ def stack_trace(probed: tuple[Array, Array]) -> RoutingTrace:
 
 
 def trace_for_probe(trace: RoutingTrace) -> tuple[Array, Array]:
-  """The way back: (expert_index, log_prob), each [L, B, T, K] by position, as `probe_inputs` of `Policy.forward`."""
+  """The way back: (expert_index, log_prob), each [L, B, T, K] by position: `probe_inputs` of a forward."""
   chex.assert_rank([trace.expert_index, trace.log_prob], 4)
   return tuple(to_positions(jnp.moveaxis(x, 2, 0), axis=2) for x in (trace.expert_index, trace.log_prob))
 
@@ -113,24 +113,24 @@ def router_drift(new_log_prob: Array, old_log_prob: Array) -> Array:
 
 
 def expert_overlap(new_index: Array, old_index: Array) -> Array:
-  """[..., K] new and old experts (distinct within each) -> [...] float32, the share of old experts still chosen."""
+  """[..., K] new and old experts (each distinct) -> [...] float32, the share of the old ones still chosen."""
   same = new_index[..., None, :].astype(jnp.int32) == old_index[..., :, None].astype(jnp.int32)
   return same.any(axis=-1).mean(axis=-1, dtype=jnp.float32)
 
 
 def expert_load(expert_index: Array, mask: Array, num_experts: int) -> Array:
-  """[B, T, K] choices, [B, T] bool -> [num_experts] int32, the masked choices per expert; sums over parts of a batch."""
+  """[B, T, K] choices, [B, T] bool -> [num_experts] int32, masked choices per expert; batches add up."""
   # A comparison rather than a scatter: it partitions over a sharded batch and fuses into its reduction.
   chosen = expert_index[..., None] == jnp.arange(num_experts, dtype=expert_index.dtype)
   return jnp.sum(chosen & mask[..., None, None], axis=(0, 1, 2), dtype=jnp.int32)
 
 
 def watch_routing(router_log_prob: RouterLogProb, mask_positions: Array) -> Probe:
-  """A probe that compares the live router with its old trace; give it `trace_for_probe(trace)` as probe_inputs.
+  """A probe that compares the live router with `trace_for_probe(trace)`, which it wants as probe_inputs.
 
-  Nothing it computes carries a gradient, so the backward pass keeps nothing for it. New log-probs are rounded as the
-  recorded ones were: an unmoved router drifts by exactly 0. Where the layer replays experts, `overlap` and `load`
-  speak of the replayed ones.
+  Nothing it computes carries a gradient, so the backward pass keeps nothing for it. New log-probs are rounded
+  as the recorded ones were: an unmoved router drifts by exactly 0. Where the layer replays experts, `overlap`
+  and `load` speak of the replayed ones.
 
   Args:
     router_log_prob: `Policy.router_log_prob`.
@@ -144,7 +144,8 @@ def watch_routing(router_log_prob: RouterLogProb, mask_positions: Array) -> Prob
   def probe(router_logits, expert_index, probe_inputs):
     if probe_inputs is None:
       raise ValueError(
-        "watch_routing got probe_inputs=None; want trace_for_probe(trace). Use count_load(mask) when there is no trace."
+        "watch_routing got probe_inputs=None; want trace_for_probe(trace). "
+        "Use count_load(mask_positions) when there is no trace."
       )
     old_index, old_log_prob = probe_inputs
     new_log_prob = _of_experts(router_log_prob, router_logits, old_index)
@@ -158,7 +159,7 @@ def watch_routing(router_log_prob: RouterLogProb, mask_positions: Array) -> Prob
 
 
 def count_load(mask_positions: Array) -> Probe:
-  """A probe for training without a trace: its output is the load [E] int32 alone, counted as by `watch_routing`."""
+  """A probe for training without a trace: it returns the load [E] int32, as in `RoutingDrift`."""
 
   def probe(router_logits, expert_index, probe_inputs):
     del probe_inputs
@@ -171,7 +172,8 @@ def router_log_shift(drift: Array, *, floor: float) -> Array:
   """Log trust in a token whose routing moved since the rollout: log(max(exp(-drift), floor)).
 
   Args:
-    drift: [B, T] mean absolute change of the old experts' router log-probs over experts and layers, nats, >= 0.
+    drift: [B, T] mean absolute change of the old experts' router log-probs over experts and layers, nats, >=
+      0.
     floor: smallest trust, in (0, 1]; the paper uses 0.8; 1 switches router shift off.
   Returns:
     [B, T] float32, nats, in [log(floor), 0]; carries no gradient.
