@@ -1,0 +1,113 @@
+"""Makes a `Policy` of a transformer configuration: the pure functions that sampling, scoring and training call."""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models.config import TransformerConfig
+from models.transformer import Block, Context, LayerInputs, RMSNorm, Transformer, rotary_angles
+from rspo_jax.types import Array, Layout, Params, Policy, Probe, router_logits_probe
+
+
+class KeyValueCache(NamedTuple):
+  """layers: per layer a pair [B, Hkv, S, head_dim]; valid [B, S] bool, slots to look at; position [B] int32, how many
+  valid tokens a row has seen; slot [] int32, the next slot to write, the same for all rows."""
+
+  layers: tuple[tuple[Array, Array], ...]
+  valid: Array
+  position: Array
+  slot: Array
+
+
+def build_policy(config: TransformerConfig, layout: Layout | None = None) -> Policy:
+  """The model as functions. `layout` is the mesh it runs on; None for one device (and inside `jax.pmap`)."""
+  transformer = functools.partial(Transformer, config, layout=layout)
+
+  def init(rng: Array) -> Params:
+    return nn.meta.unbox(_boxed_init(config, rng))
+
+  def logical_axes():
+    boxed = jax.eval_shape(functools.partial(_boxed_init, config), jax.random.key(0))
+    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+  def forward(params, tokens, valid, *, probe: Probe = router_logits_probe, probe_inputs=None, replay=None):
+    return transformer(probe=probe).apply({"params": params}, tokens, valid, probe_inputs, replay)
+
+  def unembed(params, hidden: Array) -> Array:
+    kernel = params["embedding"].T if config.tie_word_embeddings else params["lm_head"]
+    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+  return Policy(
+    init=init,
+    logical_axes=logical_axes,
+    forward=forward,
+    unembed=unembed,
+    for_decode=functools.partial(_unstack_layers, config),
+    init_cache=functools.partial(_init_cache, config),
+    prefill=functools.partial(_prefill, config, layout),
+    decode=functools.partial(_decode, config, layout),
+    router_log_prob=functools.partial(jax.nn.log_softmax, axis=-1),
+    num_moe_layers=config.num_moe_layers,
+    num_experts=config.num_experts,
+    experts_per_token=config.num_experts_per_tok,
+    vocab_size=config.vocab_size,
+  )
+
+
+def _boxed_init(config: TransformerConfig, rng: Array):
+  """Parameters in flax boxes that carry the logical axis names. No mesh: shapes do not depend on it."""
+  one = jnp.zeros((1, 1), jnp.int32)
+  return Transformer(config, probe=router_logits_probe).init(rng, one, one.astype(bool))["params"]
+
+
+def _unstack_layers(config: TransformerConfig, params: Params) -> dict[str, Any]:
+  """One tree per layer, in the compute dtype: slicing stacked layers inside the decode loop would copy them each step."""
+  layers = []
+  for number, (_, length) in enumerate(config.segments):
+    stacked = params[f"layers_{number}"]
+    layers += [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(length)]
+  rest = {name: value for name, value in params.items() if not name.startswith("layers_")}
+  return {"layers": layers, **rest}
+
+
+def _init_cache(config: TransformerConfig, batch: int, slots: int) -> KeyValueCache:
+  shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+  empty = jnp.zeros(shape, config.dtype)
+  return KeyValueCache(
+    layers=((empty, empty),) * config.num_hidden_layers,
+    valid=jnp.zeros((batch, slots), bool),
+    position=jnp.zeros((batch,), jnp.int32),
+    slot=jnp.zeros((), jnp.int32),
+  )
+
+
+def _prefill(config, layout, params, tokens, valid, cache: KeyValueCache, *, probe: Probe = router_logits_probe):
+  """Runs a block of tokens [B, T] through the layers, reading and extending the cache."""
+  length = tokens.shape[1]
+  offsets = jnp.cumsum(valid, axis=1)
+  cos, sin = rotary_angles(config, jnp.maximum(cache.position[:, None] + offsets - 1, 0))
+  remembered = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, cache.slot, axis=1)
+  slots, queries = jnp.arange(cache.valid.shape[1]), cache.slot + jnp.arange(length)
+  mask = remembered[:, None, :] & (slots <= queries[:, None]) | (slots == queries[:, None])
+  context = Context(cos, sin, mask, valid, cache.slot)
+
+  x = params["embedding"].astype(config.dtype)[tokens]
+  layers, seen = [], []
+  for number, weights in enumerate(params["layers"]):
+    block = Block(config, config.is_moe_layer(number), probe, layout)
+    x, (key_value, probed) = block.apply({"params": weights}, x, context, LayerInputs(cache.layers[number]))
+    layers.append(key_value)
+    if config.is_moe_layer(number):
+      seen.append(probed)
+  hidden = RMSNorm(config.rms_norm_eps).apply({"params": params["final_norm"]}, x)
+  cache = KeyValueCache(tuple(layers), remembered, cache.position + offsets[:, -1], cache.slot + length)
+  return hidden, jax.tree.map(lambda *layers: jnp.stack(layers), *seen), cache
+
+
+def _decode(config, layout, params, tokens, valid, cache: KeyValueCache, *, probe: Probe = router_logits_probe):
+  """One token [B] a row: a prefill of length 1."""
+  hidden, probed, cache = _prefill(config, layout, params, tokens[:, None], valid[:, None], cache, probe=probe)
+  return hidden[:, 0], jax.tree.map(lambda leaf: leaf[:, :, 0], probed), cache

@@ -1,0 +1,127 @@
+"""F3: device meshes, made in one place, and the one table that maps logical axes to mesh axes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh
+
+from rspo_jax.types import Layout, Params, Policy, TrainState
+
+AXES = ("data", "fsdp", "expert", "tensor")
+
+# Activations split their rows over every axis but "tensor"; parameters split their width over "fsdp" and their heads,
+# inner widths and vocabulary over "tensor"; the experts themselves over "expert".
+RULES = {
+  "batch": ("data", "fsdp", "expert"),
+  "layers": None,
+  "embed": "fsdp",
+  "vocab": "tensor",
+  "heads": "tensor",
+  "kv_heads": "tensor",
+  "head_dim": None,
+  "mlp": "tensor",
+  "experts": "expert",
+  "expert_mlp": "tensor",
+  "norm": None,
+}
+
+
+def make_layout(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Layout:
+  """A mesh of the given shape over `devices` (all of them by default).
+
+  Args:
+    shape: size of any of the axes 'data', 'fsdp', 'expert', 'tensor'; an absent axis has size 1. At most one size may
+      be -1: it takes the devices that are left. None puts every device on 'data'.
+  Raises:
+    ValueError: an unknown axis, or sizes whose product is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = dict(shape) if shape else {"data": -1}
+  if unknown := set(shape) - set(AXES):
+    raise ValueError(f"mesh axes {sorted(unknown)} are unknown; the axes are {', '.join(AXES)}.")
+  sizes = [shape.get(axis, 1) for axis in AXES]
+  if sizes.count(-1) == 1:
+    sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
+  if min(sizes) < 1 or math.prod(sizes) != len(devices):
+    raise ValueError(
+      f"a mesh of {dict(zip(AXES, sizes, strict=True))} does not cover {len(devices)} devices; make the product of the "
+      "sizes equal to that number (one axis may be -1, which takes what is left)."
+    )
+  # Auto axes: explicit ones make linen's sharded contractions raise.
+  mesh = Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Layout(mesh, RULES)
+
+
+def param_shardings(policy: Policy, layout: Layout) -> Params:
+  """A sharding for every parameter.
+
+  Raises:
+    ValueError: a parameter's axis does not divide by the mesh axis it is split over; names all of them.
+  """
+  shapes = jax.eval_shape(policy.init, jax.random.key(0))
+  wrong = []
+
+  def shard(path, shape, logical):
+    sharding = layout.sharding(*logical)
+    try:
+      sharding.shard_shape(shape.shape)
+    except ValueError:
+      wrong.append(f"  {jax.tree_util.keystr(path)} {shape.shape} over {sharding.spec}")
+    return sharding
+
+  shardings = jax.tree_util.tree_map_with_path(shard, shapes, policy.logical_axes())
+  if wrong:
+    raise ValueError(
+      f"these parameters do not divide over the mesh {dict(layout.mesh.shape)}; choose smaller mesh axes:\n"
+      + "\n".join(wrong)
+    )
+  return shardings
+
+
+def state_shardings(policy: Policy, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+  """Shardings of a `TrainState`: the optimizer's moments lie where their parameters lie, all else is replicated."""
+  params = param_shardings(policy, layout)
+  shapes = jax.eval_shape(policy.init, jax.random.key(0))
+  everywhere = layout.sharding()
+  opt_state = optax.tree.map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    jax.eval_shape(optimizer.init, shapes),
+    params,
+    transform_non_params=lambda _: everywhere,
+  )
+  return TrainState(params=params, opt_state=opt_state, step=everywhere)
+
+
+def init_state(policy: Policy, optimizer: optax.GradientTransformation, seed: int, layout: Layout) -> TrainState:
+  """A fresh train state, made under one jit and born sharded."""
+
+  def create(seed):
+    params = policy.init(jax.random.key(seed))
+    return TrainState(params=params, opt_state=optimizer.init(params), step=jax.numpy.zeros((), jax.numpy.int32))
+
+  return jax.jit(create, out_shardings=state_shardings(policy, optimizer, layout))(seed)
+
+
+def put_batch(batch: Any, layout: Layout) -> Any:
+  """Puts host arrays (every leaf leads with the batch axis, and every process holds all of it) onto the mesh.
+
+  Raises:
+    ValueError: the batch axis does not divide over the mesh.
+  """
+
+  def put(leaf):
+    leaf = np.asarray(leaf)
+    if leaf.shape[0] % layout.batch_shards:
+      raise ValueError(
+        f"{leaf.shape[0]} rows do not divide over the {layout.batch_shards} batch shards of the mesh "
+        f"{dict(layout.mesh.shape)}; change the number of rows or the mesh."
+      )
+    sharding = layout.sharding("batch", *(None,) * (leaf.ndim - 1))
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+  return jax.tree.map(put, batch)

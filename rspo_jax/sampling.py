@@ -1,0 +1,155 @@
+"""F2: draws completions from a policy: one prefill a prompt, shared by its samples, then jitted decoding."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rspo_jax.types import Array, Params, Policy, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+  """How completions are drawn.
+
+  Attributes:
+    max_new_tokens: longest completion, in tokens, the stop token included.
+    samples_per_prompt: G, completions drawn of each prompt.
+    temperature: divides the logits; 0 takes the most likely token.
+    top_k: keep this many of the most likely tokens; 0 keeps all.
+    top_p: then keep the smallest set of tokens whose probability reaches this, in (0, 1]; 1 keeps all.
+    stop_ids: tokens that end a completion (and belong to it).
+  """
+
+  max_new_tokens: int
+  samples_per_prompt: int = 1
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  stop_ids: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    if self.max_new_tokens < 1 or self.samples_per_prompt < 1:
+      raise ValueError(
+        f"max_new_tokens is {self.max_new_tokens} and samples_per_prompt {self.samples_per_prompt}; both start at 1."
+      )
+    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+      raise ValueError(
+        f"temperature is {self.temperature}, top_k {self.top_k}, top_p {self.top_p}; want temperature >= 0 (0 is "
+        "greedy), top_k >= 0 (0 keeps all tokens) and top_p in (0, 1] (1 keeps all tokens)."
+      )
+
+
+def truncated_log_prob(logits: Array, options: SamplingOptions) -> Array:
+  """Log-probabilities of the distribution that is drawn from.
+
+  Args:
+    logits: [..., V] float32.
+  Returns:
+    [..., V] float32, nats; -inf for tokens that temperature 0, top-k or top-p rule out.
+  """
+  if options.temperature == 0:
+    best = jnp.argmax(logits, axis=-1, keepdims=True)
+    return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
+  log_prob = jax.nn.log_softmax(logits / options.temperature, axis=-1)
+  if 0 < options.top_k < logits.shape[-1]:
+    smallest = jax.lax.top_k(log_prob, options.top_k)[0][..., -1:]
+    log_prob = jax.nn.log_softmax(jnp.where(log_prob < smallest, -jnp.inf, log_prob), axis=-1)
+  if options.top_p < 1:
+    descending = jnp.sort(log_prob, axis=-1, descending=True)
+    mass_before = jnp.cumsum(jnp.exp(descending), axis=-1) - jnp.exp(descending)
+    smallest = jnp.min(jnp.where(mass_before < options.top_p, descending, jnp.inf), axis=-1, keepdims=True)
+    log_prob = jax.nn.log_softmax(jnp.where(log_prob < smallest, -jnp.inf, log_prob), axis=-1)
+  return log_prob
+
+
+def sample(
+  policy: Policy,
+  params: Params,
+  tokens: Array,
+  valid: Array,
+  key: Array,
+  *,
+  options: SamplingOptions,
+  first_row: Array | int = 0,
+) -> Rollout:
+  """Draws `samples_per_prompt` completions of every prompt. Pure; jit it with `policy` and `options` closed over.
+
+  Row r draws its token n with `fold_in(fold_in(key, first_row + r), n)`: the draws depend on neither the batch size nor
+  the sharding, and a batch cut into pieces gives the same completions if each piece passes its `first_row`.
+
+  Args:
+    tokens: [P, Tp] int32, left-padded prompts; valid: [P, Tp] bool, at least the last slot of every row.
+    key: a random key.
+    first_row: number of the first completion in the whole batch.
+  Returns:
+    A `Rollout` of B = P * G rows (prompt-major) and T = Tp + max_new_tokens slots.
+  """
+  chex.assert_rank([tokens, valid], 2)
+  chex.assert_equal_shape([tokens, valid])
+  samples, new = options.samples_per_prompt, options.max_new_tokens
+  prompts, prompt_length = tokens.shape
+  rows = prompts * samples
+  stop_ids = jnp.asarray(options.stop_ids, jnp.int32)
+  row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + jnp.arange(rows))
+
+  def repeat(leaf):
+    return jnp.repeat(leaf, samples, axis=0) if leaf.ndim else leaf
+
+  def draw(hidden, step):
+    logits = policy.unembed(weights, hidden)
+    drawn_from = truncated_log_prob(logits, options)
+    if options.temperature == 0:
+      token = jnp.argmax(drawn_from, axis=-1)
+    else:
+      token = jax.vmap(lambda key, log_prob: jax.random.categorical(jax.random.fold_in(key, step), log_prob))(
+        row_keys, drawn_from
+      )
+    chosen = jnp.arange(logits.shape[-1]) == token[:, None]
+    raw = jnp.sum(jnp.where(chosen, jax.nn.log_softmax(logits, axis=-1), 0.0), axis=-1)
+    return token.astype(jnp.int32), jnp.sum(jnp.where(chosen, drawn_from, 0.0), axis=-1), raw
+
+  weights = policy.for_decode(params)
+  hidden, _, cache = policy.prefill(weights, tokens, valid, policy.init_cache(prompts, prompt_length + new))
+  cache = jax.tree.map(repeat, cache)
+
+  def record(written, drawn, step, running):
+    """Writes one column; rows that are through keep their zeros."""
+    return tuple(
+      jax.lax.dynamic_update_slice_in_dim(w, jnp.where(running, d, 0).astype(w.dtype)[:, None], step, axis=1)
+      for w, d in zip(written, drawn, strict=True)
+    )
+
+  def body(carry):
+    step, token, running, length, cache, written = carry
+    hidden, _, cache = policy.decode(weights, token, running, cache)
+    drawn = draw(hidden, step)
+    written = record(written, drawn, step, running)
+    return step + 1, drawn[0], *advance(drawn[0], running, length), cache, written
+
+  def advance(token, running, length):
+    return running & ~jnp.isin(token, stop_ids), length + running
+
+  drawn = draw(repeat(hidden[:, -1]), 0)
+  everyone = jnp.ones(rows, bool)
+  empty = (jnp.zeros((rows, new), jnp.int32), jnp.zeros((rows, new)), jnp.zeros((rows, new)))
+  running, length = advance(drawn[0], everyone, jnp.zeros(rows, jnp.int32))
+  carry = (jnp.int32(1), drawn[0], running, length, cache, record(empty, drawn, 0, everyone))
+  carry = jax.lax.while_loop(lambda carry: (carry[0] < new) & jnp.any(carry[2]), body, carry)
+  _, _, running, length, _, (completions, drawn_log_prob, raw_log_prob) = carry
+
+  chosen = jnp.arange(new) < length[:, None]
+
+  def after_prompt(prompt, completion):
+    return jnp.concatenate([repeat(prompt).astype(completion.dtype), completion], axis=1)
+
+  nothing = jnp.zeros_like(tokens)
+  return Rollout(
+    tokens=after_prompt(tokens, completions),
+    valid=after_prompt(valid, chosen),
+    action_mask=after_prompt(nothing, chosen),
+    sampler_log_prob=after_prompt(nothing, drawn_log_prob),
+    log_prob=after_prompt(nothing, raw_log_prob),
+    finished=~running,
+  )
