@@ -10,158 +10,188 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 _log = logging.getLogger(__name__)
-_RECENT_STEPS = 20
+_BAR_WIDTH = 20
+_PACE_STEPS = 20  # the time left follows the mean pace of so many steps
+
+# label, metric; in the order shown, where known
+_SHOWN = (
+  ("loss", "loss/warm_start"),
+  ("reward", "reward/mean"),
+  ("success", "reward/success"),
+  ("held-out", "eval/success"),
+)
+_SPEEDS = ("speed/sample_tokens_per_second", "speed/train_tokens_per_second")
 
 
 class Progress:
-  """Live progress of one phase after another. Only process 0 shows anything, and no failure in here stops a run.
+  """Live progress, one phase after another. Only process 0 shows it, and no failure in here stops a run.
 
       with Progress() as progress:
-        progress.start("rl", total=100, done=restored_step)
-        for step in ...:
-          progress.update(step, row)
+        progress.start("rl", total=100, done=restored)
+        for step in range(restored + 1, 101):
+          progress.update(step, writer.write("rl", step, metrics))
 
   Args:
-    every: seconds between plain lines where stdout is no terminal.
-    console: where to write; the default is stdout.
+    every: seconds between plain lines where the output is no terminal.
+    console: where to show it; the default is stdout.
+    clock: seconds that only rise.
   """
 
-  def __init__(self, *, every: float = 5.0, console: Console | None = None):
+  def __init__(self, *, every: float = 5.0, console: Console | None = None, clock=time.monotonic):
     self._shows = jax.process_index() == 0
-    self._console = console or Console(file=sys.stdout)
+    self._console = console or _stdout()
     self._every = every
+    self._clock = clock
     self._live: Live | None = None
-    self._began = time.monotonic()
-    self._phase, self._total, self._step = "", 0, 0
+    self._phase, self._total = "", 0
     self._values: dict[str, Any] = {}
-    self._ends: collections.deque[tuple[int, float]] = collections.deque(maxlen=_RECENT_STEPS + 1)
-    self._last_line = -float("inf")
+    self._began = clock()
+    self._ends: collections.deque[tuple[int, float]] = collections.deque(maxlen=_PACE_STEPS + 1)
+    self._shown_at: float | None = None
 
   def __enter__(self) -> "Progress":
-    if self._shows and self._console.is_terminal:
+    if self._shows and _is_live(self._console):
       try:
-        self._live = Live(
-          console=self._console, get_renderable=self._render, refresh_per_second=4, transient=False
-        )
+        self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
         self._live.start()
       except Exception:
         self._give_up()
     return self
 
   def __exit__(self, *_: object) -> None:
-    if self._live is not None:
+    live, self._live = self._live, None
+    if live is not None:
       try:
-        self._live.stop()
+        live.stop()
       except Exception:
-        _log.warning("progress display failed", exc_info=True)
-      self._live = None
+        _log.warning("the progress display failed", exc_info=True)
 
   def start(self, phase: str, total: int, done: int = 0) -> None:
-    """Begins a phase of `total` steps, `done` of them in an earlier start of the run."""
-    self._phase, self._total, self._step, self._values = phase, total, done, {}
-    self._began = time.monotonic()
+    """Begins a phase of `total` steps, `done` of which an earlier start of the run has taken."""
+    if self._live is not None and self._phase:
+      self.print(self._line().plain)  # the live line moves on to the new phase; this stays of the old one
+    self._phase, self._total, self._values = phase, total, {}
+    self._began = self._clock()
     self._ends.clear()
     self._ends.append((done, self._began))
-    self._last_line = -float("inf")
+    self._shown_at = None
 
   def update(self, step: int, values: Mapping[str, Any]) -> None:
-    """`step` steps of the phase are done; `values` are metrics (`rspo_jax.metrics.METRICS` names) to show from."""
+    """`step` steps of the phase are done. `values`: metrics by name as `MetricsWriter.write` returns them."""
     if not self._shows:
       return
     try:
-      now = time.monotonic()
-      self._step = step
+      now = self._clock()
       self._values.update(values)
+      if len(self._ends) == 2 and self._ends[0][1] == self._began:
+        self._ends.popleft()  # the first step compiled; it says nothing about the pace
       self._ends.append((step, now))
-      if self._live is None and (now - self._last_line >= self._every or step >= self._total):
-        self._last_line = now
-        self._console.print(Text("  ".join([f"{self._phase} {step}/{self._total}", *self._facts()])))
+      due = self._shown_at is None or now - self._shown_at >= self._every or step >= self._total
+      if self._live is None and due:
+        self._shown_at = now
+        self._console.print(self._line(), soft_wrap=True)
     except Exception:
       self._give_up()
 
   def print(self, text: str) -> None:
-    """A line that stays, above the live one."""
+    """Shows a line that stays; it goes above the live one."""
     if self._shows:
-      self._console.print(Text(text))
+      try:
+        self._console.print(Text(text), soft_wrap=True)
+      except Exception:
+        self._give_up()
+
+  def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """As the function `table`; while the live line is shown, only this one keeps clear of it."""
+    table(title, columns, rows, console=self._console)
 
   def _give_up(self) -> None:
-    _log.warning("progress display failed; the run goes on without it", exc_info=True)
+    _log.warning("the progress display failed; the run goes on without it", exc_info=True)
     self._shows = False
     self.__exit__()
 
-  def _remaining(self) -> float | None:
-    """Seconds left by the pace of the recent steps, None before the first."""
-    (first, start), (last, end) = self._ends[0], self._ends[-1]
-    if last <= first:
-      return None
-    return (end - start) / (last - first) * max(self._total - last, 0)
+  def _line(self) -> Text:
+    return Text("  ".join([self._phase, *self._facts()]))
 
   def _facts(self) -> list[str]:
-    facts = []
-    for label, name, form in (
-      ("loss", "loss/warm_start", "{:.3f}"),
-      ("reward", "reward/mean", "{:.3f}"),
-      ("success", "reward/success", "{:.3f}"),
-      ("held-out", "eval/success", "{:.3f}"),
-    ):
-      if isinstance(self._values.get(name), int | float):
-        facts.append(f"{label} {form.format(self._values[name])}")
-    for name in ("speed/sample_tokens_per_second", "speed/train_tokens_per_second"):
-      if isinstance(self._values.get(name), int | float):
-        facts.append(f"{self._values[name]:,.0f} tok/s")
-        break
-    facts.append(f"elapsed {_clock(time.monotonic() - self._began)}")
-    left = self._remaining()
-    if left is not None:
-      facts.append(f"left {_clock(left)}")
-    return facts
+    """What to show after the phase's name; the most wanted first, for a narrow terminal crops the rest."""
+    (first, start), (last, end) = self._ends[0], self._ends[-1]
+    facts = [f"{last}/{self._total}"]
+    if last > first:
+      facts.append(f"left {_duration((end - start) / (last - first) * max(self._total - last, 0))}")
+    known = self._values
+    facts += [f"{label} {known[name]:.3f}" for label, name in _SHOWN if _is_number(known.get(name))]
+    facts += [f"{known[name]:,.0f} tok/s" for name in _SPEEDS if _is_number(known.get(name))][:1]
+    return [*facts, f"elapsed {_duration(self._clock() - self._began)}"]
 
-  def _render(self) -> Table | Text:
-    if not self._phase:
-      return Text("")
-    grid = Table.grid(padding=(0, 2))
-    bar = ProgressBar(total=max(self._total, 1), completed=self._step, width=20)
-    grid.add_row(
-      Text(self._phase, style="bold cyan"),
-      bar,
-      f"{self._step}/{self._total}",
-      *(Text(f) for f in self._facts()),
-    )
-    return grid
+  def _render(self) -> Text:
+    """The live line. A thread of its own draws it, where an exception would be lost: it must not raise."""
+    try:
+      line = self._live_line() if self._phase else Text("")
+    except Exception as error:
+      line = Text(f"progress: {error!r}")
+    line.no_wrap, line.overflow = True, "crop"
+    return line
+
+  def _live_line(self) -> Text:
+    facts = "  ".join(self._facts())
+    width = max(0, min(_BAR_WIDTH, self._console.width - len(facts) - len(self._phase) - 5))
+    full = min(width, width * self._ends[-1][0] // max(self._total, 1))
+    done, rest = ("#", ".") if self._console.options.ascii_only else ("━", "─")
+    bar = ((done * full, "green"), (rest * (width - full), "dim"), "  " if width else "")
+    return Text.assemble((self._phase, "bold cyan"), "  ", *bar, facts)
 
 
 def table(
   title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, console: Console | None = None
 ) -> None:
-  """Prints a table (process 0 only): drawn on a terminal, aligned text elsewhere. Cells are shown by `str`."""
+  """Prints a table (process 0 only): drawn on a terminal, aligned text elsewhere.
+
+  Args:
+    rows: as many cells as columns each, shown by `str`; the first is flush left, the others flush right.
+  """
   if jax.process_index() != 0:
     return
-  console = console or Console(file=sys.stdout)
+  console = console or _stdout()
   cells = [[str(cell) for cell in row] for row in rows]
-  if console.is_terminal:
-    drawn = Table(title=title, title_justify="left")
+  if _is_live(console):
+    drawn = Table(title=Text(title, style="bold"), title_justify="left")
     for index, column in enumerate(columns):
-      drawn.add_column(column, justify="left" if index == 0 else "right")
+      drawn.add_column(Text(column), justify="left" if index == 0 else "right")
     for row in cells:
       drawn.add_row(*(Text(cell) for cell in row))
     console.print(drawn)
     return
-  widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
-  out = [title]
-  for line in [list(columns), *cells]:
-    first = line[0].ljust(widths[0])
-    out.append(
-      "  ".join([first, *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))])
-    )
-  console.print(Text("\n".join(out)), soft_wrap=True)
+  lines = [list(columns), *cells]
+  widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+  console.print(Text(title), soft_wrap=True)
+  for line in lines:
+    padded = [
+      cell.rjust(width) if i else cell.ljust(width)
+      for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ]
+    console.print(Text("  ".join(padded)), soft_wrap=True)
 
 
-def _clock(seconds: float) -> str:
-  minutes, seconds = divmod(int(seconds + 0.5), 60)
+def _stdout() -> Console:
+  if hasattr(sys.stdout, "reconfigure"):
+    sys.stdout.reconfigure(errors="replace")  # a stream without some letter shows "?", and the run goes on
+  return Console(file=sys.stdout)
+
+
+def _is_live(console: Console) -> bool:
+  return console.is_terminal and not console.is_dumb_terminal
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float)
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

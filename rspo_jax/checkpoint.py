@@ -1,15 +1,18 @@
-"""F3: checkpoints that survive a kill at any moment, and the claim a run lays on its workdir.
+"""F3: checkpoints that survive a kill at any moment.
 
-Layout of a workdir: `config.json` (the claim), `checkpoints/<step>/` (one Orbax checkpoint each). Orbax writes a step
-under a temporary name and renames it when it is whole, so whatever carries a plain step number is complete.
+A step is `workdir/checkpoints/<step>/`, one Orbax checkpoint. Orbax writes it under a temporary name and
+renames it when it is whole, so a folder with a plain step number is complete. Disks still lose and flip bits
+later on; therefore a checkpoint carries fingerprints of its arrays, and loading compares them.
 """
 
+import fcntl
 import json
 import logging
 import math
 import os
 import pathlib
-import tempfile
+import time
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,12 +20,25 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from rspo_jax.workdir import claim_workdir, dump_json_atomic, to_plain_json
+
+__all__ = [
+  "CheckpointError",
+  "CheckpointMismatchError",
+  "Checkpoints",
+  "Restored",
+  "abstract",
+  "claim_workdir",
+  "dump_json_atomic",
+  "fingerprints",
+]
+
 _log = logging.getLogger(__name__)
-_POLICIES = ocp.training.preservation_policies
+_policies = ocp.training.preservation_policies
 
 
 class CheckpointError(RuntimeError):
-  """No checkpoint of the workdir can be read. The message names the step folders and the cure."""
+  """A checkpoint, or none of the workdir, can be read. The message names the step folders and the cure."""
 
 
 class CheckpointMismatchError(ValueError):
@@ -30,7 +46,7 @@ class CheckpointMismatchError(ValueError):
 
 
 class Restored(NamedTuple):
-  """state: as the abstract state asked for; meta: the dict given to `save`; step: the step it was saved at."""
+  """state: as the abstract state asked for. meta: the dict given to `save`. step: where it was saved."""
 
   state: Any
   meta: dict[str, Any]
@@ -38,17 +54,17 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-  """The checkpoints of one workdir: asynchronous saves, the last `keep` and the best one by a metric kept.
+  """The checkpoints of one workdir: saved asynchronously, the newest `keep` and the best one kept.
 
   Args:
-    workdir: the folder of the run; steps go to `workdir/checkpoints`.
+    workdir: the folder of the run.
     keep: how many of the newest steps stay, >= 1. The best step by `best_metric` stays beside them.
-    best_metric: the key of `save(metrics=...)` that ranks the steps, the larger the better; the newest of equals wins.
-    read_only: for looking at a run that another process may be writing. Never deletes, and `save` raises.
+    best_metric: the key of `save(metrics=...)` that ranks the steps: larger is better, then newer.
+    read_only: for looking at a run that another process may be writing. Deletes nothing, and `save` raises.
   Raises:
-    ValueError: keep < 1; read_only with no checkpoints to read.
+    ValueError: keep < 1; read_only where there are no checkpoints; a workdir another process is writing to.
 
-  All processes of a multi-process run make the same calls in the same order. Use it as a context manager, or `close` it.
+  All processes of a run make the same calls in the same order. A context manager; else `close` it.
   """
 
   def __init__(
@@ -61,18 +77,20 @@ class Checkpoints:
   ):
     if keep < 1:
       raise ValueError(f"keep is {keep}; want at least 1, or the run could not be continued.")
-    self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    self._workdir = pathlib.Path(workdir).absolute()
+    self._folder = self._workdir / "checkpoints"
     if read_only and not self._folder.is_dir():
       raise ValueError(f"no checkpoints at {self._folder}. Name the --workdir of a run that has saved one.")
     self._best_metric = best_metric
     self._read_only = read_only
     self._unreadable: set[int] = set()
-    best = _POLICIES.BestN(
+    self._lock = None if read_only or jax.process_index() else _lock(self._workdir)
+    best = _policies.BestN(
       get_metric_fn=lambda metrics: _rank(metrics, best_metric), n=1, keep_checkpoints_without_metrics=False
     )
     self._orbax = ocp.training.Checkpointer(
       self._folder,
-      preservation_policy=_POLICIES.AnyPreservationPolicy([_POLICIES.LatestN(keep), best]),
+      preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(keep), best]),
       cleanup_tmp_directories=not read_only,  # what a killed save left behind
     )
 
@@ -83,7 +101,7 @@ class Checkpoints:
     self.close()
 
   def steps(self) -> list[int]:
-    """The complete steps on disk, oldest first."""
+    """The complete steps on disk, oldest first, without those `restore` found unreadable."""
     return [c.step for c in self._orbax.checkpoints if c.step not in self._unreadable]
 
   def latest_step(self) -> int | None:
@@ -92,56 +110,55 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The step with the largest `best_metric`, the newest of equals; None when no step carries the metric."""
-    ranked = [
-      (_rank(c.metrics, self._best_metric), c.step)
-      for c in self._orbax.checkpoints
-      if c.step not in self._unreadable
-    ]
-    rank, step = max(ranked, default=(-math.inf, None))
+    known = [c for c in self._orbax.checkpoints if c.step not in self._unreadable]
+    rank, step = max(
+      ((_rank(c.metrics, self._best_metric), c.step) for c in known), default=(-math.inf, None)
+    )
     return step if rank > -math.inf else None
 
   def save(
     self, step: int, state: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None
   ) -> bool:
-    """Starts saving and returns once the arrays are copied to the host: `state` may be donated right after.
+    """Starts saving, and returns once the arrays are on the host: `state` may be donated right after.
 
     Args:
-      step: updates taken so far over the whole run; rises from save to save.
-      state: a pytree of jax arrays (any sharding).
+      step: updates taken so far over the whole run (all phases); rises from save to save.
+      state: a pytree of jax arrays, sharded in any way.
       meta: what else continues the run, JSON-able: phase, data position, seed, config hash.
-      metrics: host scalars by name; `best_metric` among them enters the step into the contest for the best.
+      metrics: scalars by name; `best_metric` among them enters the step into the contest for the best.
     Returns:
-      False when this very step is already on disk (nothing is written), else True.
+      False when this very step is on disk already (nothing is written), else True.
     Raises:
       ValueError: a step older than the newest on disk, a read-only folder, meta that JSON cannot hold.
+      Any error of the save before this one.
     """
     if self._read_only:
       raise ValueError(f"{self._folder} was opened read-only; open it with read_only=False to save.")
     newest = self.latest_step()
-    if newest is not None and step <= newest:
-      if step == newest:
-        return False
+    if newest is not None and step < newest:
       raise ValueError(
-        f"step {step} is older than the newest checkpoint {self._folder / str(newest)}. Steps rise over the whole "
-        "run (all phases); continue from `restore`, or use a fresh --workdir."
+        f"step {step} is older than the newest checkpoint {self._folder / str(newest)}. Steps rise over the "
+        "whole run (all phases): continue from what `restore` returns, or use a fresh --workdir."
       )
+    if step == newest:
+      return False
     self._move_unreadable_aside()
-    record = {"meta": _plain_json(meta), "leaves": _describe(state, fingerprints(state))}
+    record = {"meta": to_plain_json(meta), "leaves": _describe(state, fingerprints(state))}
     self._orbax.save_checkpointables_async(
       step,
       {"state": state},
       force=True,
-      metrics={k: float(v) for k, v in metrics.items()} if metrics else None,
-      custom_metadata=record,
+      metrics={name: float(value) for name, value in metrics.items()} if metrics else None,
+      custom_metadata=record | {"crc32": _crc32(record)},
     )
     return True
 
   def restore(self, abstract_state: Any) -> Restored | None:
     """The newest complete checkpoint, laid out as asked; None when the workdir has none.
 
-    A checkpoint that cannot be read is tried twice, then a warning names its folder and the step before it is taken
-    (with several processes it is an error instead, because they must all agree on the step). `save` later moves the
-    unreadable folder to `checkpoints/unreadable-<step>`.
+    A checkpoint that cannot be read is tried twice; then a warning names its folder and the one before it is
+    taken. With several processes that is an error instead, for they must all agree on the step. The next
+    `save` moves unreadable folders to `workdir/unreadable/`.
 
     Args:
       abstract_state: a pytree of `jax.ShapeDtypeStruct` with shardings (see `abstract`), or of arrays.
@@ -164,7 +181,7 @@ class Checkpoints:
     return None
 
   def restore_step(self, step: int, abstract_state: Any) -> Restored:
-    """One step, for instance `best_step()`. Arguments and errors as `restore`; nothing is fallen back to."""
+    """One step, such as `best_step()`. Arguments and errors as in `restore`, but without falling back."""
     path = self._folder / str(step)
     if step not in self.steps():
       raise ValueError(f"no checkpoint at {path}; the steps there are {self.steps()}.")
@@ -175,11 +192,11 @@ class Checkpoints:
       except CheckpointMismatchError:
         raise
       except Exception as error:
-        _log.warning("loading %s failed (attempt %d of 2)", path, attempt, exc_info=True)
+        _log.warning("loading %s failed, attempt %d of 2", path, attempt, exc_info=True)
         failure = error
     raise CheckpointError(
-      f"checkpoint {path} cannot be read ({type(failure).__name__}: {_first_line(failure)}). Move that folder out of "
-      "`checkpoints` to continue from the step before it."
+      f"checkpoint {path} cannot be read ({type(failure).__name__}: {_first_line(failure)}). To continue from "
+      f"an older step, move that folder out of {self._folder}; with none left, use a fresh --workdir."
     ) from failure
 
   def wait(self) -> None:
@@ -187,11 +204,18 @@ class Checkpoints:
     self._orbax.wait()
 
   def close(self) -> None:
-    """Waits, then frees the threads."""
-    self._orbax.close()
+    """Waits, then frees the threads and the workdir."""
+    try:
+      self._orbax.close()
+    finally:
+      if self._lock is not None:
+        self._lock.close()
+        self._lock = None
 
   def _load(self, step: int, wanted: Any) -> Restored:
-    record = self._orbax.checkpointables_metadata(step).custom_metadata
+    record = dict(self._orbax.checkpointables_metadata(step).custom_metadata)
+    if record.pop("crc32") != _crc32(record):
+      raise OSError("damaged metadata")
     saved = record["leaves"]
     _check_same_tree(self._folder / str(step), saved, _describe(wanted))
     state = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
@@ -202,13 +226,15 @@ class Checkpoints:
     return Restored(state, record["meta"], step)
 
   def _move_unreadable_aside(self) -> None:
+    """Else a folder that cannot be loaded would count as one of the newest, and block its own step."""
     if not self._unreadable:
       return
+    self.wait()
     for step in sorted(self._unreadable):
-      path = self._folder / str(step)
-      aside = path.with_name(f"unreadable-{step}")
-      path.rename(aside)
-      _log.warning("moved %s to %s", path, aside)
+      aside = self._workdir / "unreadable" / f"{step}-{time.time_ns()}"
+      aside.parent.mkdir(exist_ok=True)
+      (self._folder / str(step)).rename(aside)
+      _log.warning("moved the unreadable checkpoint of step %d to %s", step, aside)
     self._unreadable.clear()
     self._orbax.reload()
 
@@ -223,159 +249,59 @@ def abstract(state: Any) -> Any:
   def describe(path, leaf):
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
+      name = jax.tree_util.keystr(path)
       raise ValueError(
-        f"leaf {jax.tree_util.keystr(path)} ({leaf}) has no sharding; give jax.ShapeDtypeStruct one."
+        f"leaf {name} ({leaf}) has no sharding; want a jax array or ShapeDtypeStruct with one."
       )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   return jax.tree_util.tree_map_with_path(describe, state)
 
 
-@jax.jit
-def _fingerprint_leaves(leaves: list[jax.Array]) -> jax.Array:
-  def one(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bool_:
-      bits = x.astype(jnp.uint32)
-    else:
-      words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-      bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
-    # Odd weights: a flipped bit always shows. Different ones: so do two values that changed places.
-    weight = jnp.ones((), jnp.uint32)
-    for axis in range(bits.ndim):
-      weight = weight + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(
-        (0x9E3779B0, 0x85EBCA76, 0xC2B2AE3C, 0x27D4EB2E)[axis % 4]
-      )
-    return jnp.sum(bits * weight, dtype=jnp.uint32)
-
-  return jnp.stack([one(x) for x in leaves])
-
-
 def fingerprints(state: Any) -> list[int]:
   """A 32-bit fingerprint of every leaf's bits, in the order of `jax.tree.leaves`.
 
-  Integer sums, so it does not depend on how the arrays are sharded: two runs agree if and (but for 1 in 2^32) only if
-  their states are bitwise equal. Leaves are arrays of any dtype but complex and typed keys.
+  Integer sums on the devices: one cheap pass over memory, and the sharding does not matter. Equal lists mean (but
+  for a chance of 2^-32 a leaf) bitwise equal states. Any dtype but complex and typed random keys.
   """
   leaves = jax.tree.leaves(state)
-  return [int(x) for x in jax.device_get(_fingerprint_leaves(leaves))] if leaves else []
+  return [int(x) for x in jax.device_get(_fingerprint(leaves))] if leaves else []
 
 
-def claim_workdir(
-  workdir: str | os.PathLike, config: Mapping[str, Any], free_keys: Sequence[str] = ("workdir",)
-) -> None:
-  """Makes the workdir this run's: writes `config.json` the first time, later refuses another config.
+@jax.jit
+def _fingerprint(leaves: list[jax.Array]) -> jax.Array:
+  return jnp.stack([_fingerprint_leaf(leaf) for leaf in leaves])
 
-  Args:
-    workdir: made if missing.
-    config: nested, JSON-able.
-    free_keys: dotted keys (each with everything below it) that may change between starts; `config.json` then gets the
-      new value.
-  Raises:
-    ValueError: the workdir is no folder, holds results without a config, a broken `config.json`, or another config;
-      the differing keys are listed one per line with the old and the new value.
-  Only process 0 writes; the others compare where they can see the file.
-  """
-  workdir = pathlib.Path(workdir)
-  if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f"--workdir {workdir} is a file; want a folder (it is made if missing).")
-  new = _plain_json(config)
-  path = workdir / "config.json"
-  if not path.exists():
-    if any((workdir / name).exists() for name in ("checkpoints", "metrics.jsonl")):
-      raise ValueError(
-        f"{workdir} holds results of a run but no config.json, so nothing tells whether they are this run's. "
-        "Choose another --workdir."
-      )
-    if jax.process_index() == 0:
-      workdir.mkdir(parents=True, exist_ok=True)
-      dump_json_atomic(path, new)
-    return
+
+def _fingerprint_leaf(leaf: jax.Array) -> jax.Array:
+  if leaf.dtype == jnp.bool_:
+    words = leaf.astype(jnp.uint32)
+  else:
+    word = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+    words = jax.lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)
+  # Odd weights, so that any one flipped bit shows; different ones, so that swapped values do. The multipliers
+  # are arbitrary even constants.
+  weight = jnp.ones(words.shape, jnp.uint32)
+  for axis in range(words.ndim):
+    multiplier = (0x9E3779B0, 0x85EBCA76, 0xC2B2AE3C, 0x27D4EB2E)[axis % 4]
+    weight += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(multiplier)
+  return jnp.sum(words * weight, dtype=jnp.uint32)
+
+
+def _lock(workdir: pathlib.Path) -> Any:
+  """Holds `workdir/.lock` until closed. A record lock: children do not inherit it, a kill frees it."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  file = open(workdir / ".lock", "w")  # noqa: SIM115
   try:
-    old = json.loads(path.read_text())
-    old_flat = _flatten(old)
-  except (ValueError, AttributeError, OSError) as error:
-    raise ValueError(f"{path} cannot be read as a config ({error}). Choose another --workdir.") from error
-  new_flat = _flatten(new)
-  differing = [
-    key
-    for key in sorted(old_flat.keys() | new_flat.keys())
-    if old_flat.get(key, _Absent) != new_flat.get(key, _Absent)
-  ]
-  refused = [
-    key for key in differing if not any(key == free or key.startswith(f"{free}.") for free in free_keys)
-  ]
-  if refused:
-    lines = [f"  {key}: {_show(old_flat, key)} -> {_show(new_flat, key)}" for key in refused]
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except (BlockingIOError, PermissionError) as error:
+    file.close()
     raise ValueError(
-      "\n".join(
-        [
-          f"{workdir} belongs to a run with another config; key: its value -> yours",
-          *lines,
-          "Choose another --workdir, or give these keys their old values to continue that run.",
-        ]
-      )
-    )
-  if differing and jax.process_index() == 0:
-    dump_json_atomic(path, new)
-
-
-def dump_json_atomic(path: str | os.PathLike, value: Any) -> None:
-  """Writes JSON so that a reader (or a kill) meets the old file or the new one, never half of one.
-
-  Numpy and jax scalars and arrays become numbers and lists. ValueError for NaN or infinity, which JSON has not.
-  """
-  path = pathlib.Path(path)
-  text = json.dumps(value, indent=2, allow_nan=False, default=_to_plain) + "\n"
-  write_text_atomic(path, text)
-
-
-def write_text_atomic(path: pathlib.Path, text: str) -> None:
-  """`dump_json_atomic` for text."""
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-  try:
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)  # mkstemp makes it private
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
-
-
-class _Absent:
-  """Marks a key one of two configs does not have."""
-
-
-def _show(flat: Mapping[str, Any], key: str) -> str:
-  return json.dumps(flat[key]) if key in flat else "(absent)"
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for key, value in config.items():
-    if isinstance(value, dict) and value:
-      flat.update(_flatten(value, f"{prefix}{key}."))
-    else:
-      flat[f"{prefix}{key}"] = value
-  return flat
-
-
-def _to_plain(value: Any) -> Any:
-  if hasattr(value, "tolist"):
-    return value.tolist()
-  raise TypeError(f"{value!r} ({type(value).__name__}) cannot be written as JSON")
-
-
-def _plain_json(value: Any) -> Any:
-  """What JSON makes of it: tuples become lists, numpy scalars numbers."""
-  try:
-    return json.loads(json.dumps(value, allow_nan=False, default=_to_plain))
-  except (TypeError, ValueError) as error:
-    raise ValueError(
-      f"cannot be kept as JSON: {error}. Use str, int, float, bool, None, lists and dicts."
+      f"another process is writing to {workdir}. Wait for it or stop it, or choose another --workdir."
     ) from error
+  except OSError:
+    _log.info("%s is on a file system without locks; nothing guards it from a second run", workdir)
+  return file
 
 
 def _rank(metrics: Mapping[str, Any] | None, name: str) -> float:
@@ -383,36 +309,35 @@ def _rank(metrics: Mapping[str, Any] | None, name: str) -> float:
   return -math.inf if math.isnan(value) else value
 
 
+def _crc32(record: Mapping[str, Any]) -> int:
+  return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
 def _first_line(error: BaseException) -> str:
   return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def _describe(state: Any, prints: Sequence[int] | None = None) -> dict[str, list[Any]]:
-  """Leaf name -> [shape, dtype], with its fingerprint third where given."""
+  """Leaf name -> [shape, dtype, fingerprint or None]."""
   flat, _ = jax.tree_util.tree_flatten_with_path(state)
-  table = {jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in flat}
-  for name, value in zip(table, prints or (), strict=False):
-    table[name].append(value)
-  return table
+  prints = [None] * len(flat) if prints is None else prints
+  return {
+    jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype), number]
+    for (path, leaf), number in zip(flat, prints, strict=True)
+  }
 
 
 def _check_same_tree(path: pathlib.Path, saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> None:
-  def show(entry: list[Any] | None) -> str:
-    return "absent" if entry is None else f"{entry[1]}{tuple(entry[0])}"
+  def show(table: dict[str, list[Any]], name: str) -> str:
+    return f"{table[name][1]}{table[name][0]}" if name in table else "absent"
 
-  lines = [
-    f"  {name}: {show(saved.get(name))} -> {show(wanted.get(name))}"
+  differing = [
+    f"  {name}: {show(saved, name)} -> {show(wanted, name)}"
     for name in sorted(saved.keys() | wanted.keys())
-    if (saved.get(name) or [None])[:2] != (wanted.get(name) or [None])[:2]
+    if show(saved, name) != show(wanted, name)
   ]
-  if lines:
-    shown = lines[:20] + ([f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else [])
-    raise CheckpointMismatchError(
-      "\n".join(
-        [
-          f"checkpoint {path} holds another model or optimizer; leaf: in the checkpoint -> asked for",
-          *shown,
-          "Use the config this checkpoint was written with, or another --workdir.",
-        ]
-      )
-    )
+  if differing:
+    head = f"checkpoint {path} holds another model or optimizer; leaf: in the checkpoint -> asked for"
+    more = [f"  and {len(differing) - 20} more"] if len(differing) > 20 else []
+    cure = "Use the config that checkpoint was written with, or another --workdir."
+    raise CheckpointMismatchError("\n".join([head, *differing[:20], *more, cure]))

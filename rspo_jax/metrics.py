@@ -1,7 +1,8 @@
 """F3: the documented metric names, and the files they are written to.
 
-A run's metrics are `metrics.jsonl` (one JSON object a line: phase, step, time, then metrics) and TensorBoard events
-(one TensorBoard run per phase). The jsonl file is the record: after a restart it continues as if never interrupted.
+A run writes `metrics.jsonl`, one JSON object a line: phase, step, time (seconds since 1970), then metrics by
+name. It is the record: after a restart it goes on as if never interrupted. TensorBoard events are made from it,
+one TensorBoard run per phase.
 """
 
 import json
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from rspo_jax.checkpoint import write_text_atomic
+from rspo_jax.workdir import write_text_atomic
 
 _log = logging.getLogger(__name__)
 
@@ -26,8 +27,8 @@ METRICS: dict[str, str] = {
   "reward/std": "Standard deviation of the reward over the sampled completions.",
   "reward/success": "Share of the sampled completions that solve their problem, 0 to 1.",
   "reward/format": "Share of the sampled completions in the form the reward asks for, 0 to 1.",
-  "groups/zero_variance": "Share of the groups whose completions all got the same reward (no advantage), 0 to 1.",
-  "policy/entropy": "Mean entropy of the next-token distribution over completion tokens, temperature 1, nats.",
+  "groups/zero_variance": "Share of the groups in which every completion got the same reward, 0 to 1.",
+  "policy/entropy": "Mean entropy of the next token over the completions, temperature 1, nats.",
   "policy/log_prob": "Mean log-probability of the completion tokens at temperature 1, nats.",
   "length/mean": "Mean length of the completions, tokens.",
   "length/max": "Longest completion, tokens.",
@@ -46,7 +47,7 @@ METRICS: dict[str, str] = {
   "shift/drift": "Mean router drift (absolute change of the old experts' router log-probs), nats.",
   "shift/layer_drift": "Router drift of each mixture-of-experts layer, first to last, nats.",
   "router/overlap": "Mean share of the old top-k experts that are in the new top-k, 0 to 1.",
-  "router/load_max_over_mean": "Tokens of the busiest expert over the mean of all, the worst layer; 1 is balanced.",
+  "router/load_max_over_mean": "Tokens of the busiest expert over the mean, worst layer; 1 is even.",
   "router/dead_fraction": "Share of the experts that got no token, over all layers, 0 to 1.",
   "loss/objective": "The policy objective that is being maximised.",
   "loss/warm_start": "Supervised cross-entropy of the warm start, mean over target tokens, nats.",
@@ -72,26 +73,25 @@ _HEAD = ("phase", "step", "time")
 
 
 def deterministic(row: Mapping[str, Any]) -> dict[str, Any]:
-  """A row without what a clock or the machine decides (`time`, `seconds/`, `speed/`, `memory/`): two runs of the same
-  command agree on the rest to the last bit."""
+  """The row without `time` and the `TIMING_PREFIXES`, which a clock or the machine decides.
+
+  Two runs of one command on one machine agree on the rest to the last bit.
+  """
   return {k: v for k, v in row.items() if k != "time" and not k.startswith(TIMING_PREFIXES)}
 
 
 class MetricsWriter:
-  """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard/<phase>`. Only process 0 writes.
+  """Appends to `workdir/metrics.jsonl` and to TensorBoard events in `workdir/tensorboard/<phase>`.
 
-  Args:
-    workdir: exists.
-    tensorboard: False leaves out the TensorBoard events.
+  Only process 0 writes; the folder of the run must exist. A context manager; else `close` it.
   """
 
-  def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool = True):
+  def __init__(self, workdir: str | os.PathLike):
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
-    self._events = pathlib.Path(workdir) / "tensorboard" if tensorboard else None
+    self._events = pathlib.Path(workdir) / "tensorboard"
     self._writes = jax.process_index() == 0
     self._file = None
     self._boards: dict[str, SummaryWriter] = {}
-    self._purge_after: tuple[str, int] | None = None
 
   def __enter__(self) -> "MetricsWriter":
     return self
@@ -103,48 +103,53 @@ class MetricsWriter:
     """Writes one row, flushed before it returns.
 
     Args:
-      phase: "warm_start", "rl", ... step: within that phase; rows come in the order of the run.
+      phase: "warm_start", "rl", ...
+      step: step within that phase. Rows come in the order of the run; a step may have several.
       values: names of `METRICS` -> scalar or vector: numbers, numpy or jax arrays (fetched in one transfer).
     Returns:
       The same values as plain floats, ints and lists, in every process.
     Raises:
-      ValueError: a name that is not in `METRICS`.
+      ValueError: a name that is not in `METRICS`, or a value that is no number.
     """
     unknown = sorted(set(values) - METRICS.keys())
     if unknown:
       raise ValueError(
-        f"unknown metric {', '.join(unknown)}; the names are the keys of rspo_jax.metrics.METRICS."
+        f"unknown metric {', '.join(unknown)}; want names of rspo_jax.metrics.METRICS (add a new one there)."
       )
-    plain = {name: np.asarray(value).tolist() for name, value in jax.device_get(dict(values)).items()}
+    plain = {name: _plain(name, value) for name, value in jax.device_get(dict(values)).items()}
     if self._writes:
-      now = time.time()
-      row = {"phase": phase, "step": int(step), "time": now} | {k: _encode(v) for k, v in plain.items()}
+      row = {"phase": phase, "step": int(step), "time": time.time()} | plain
       if self._file is None:
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
-      self._file.write(json.dumps(row, allow_nan=False) + "\n")
+      self._file.write(json.dumps({k: _encode(v) for k, v in row.items()}, allow_nan=False) + "\n")
       self._file.flush()
-      self._write_events(phase, int(step), plain, now)
+      self._write_events(row)
     return plain
 
   def truncate(self, phase: str, step: int) -> None:
-    """Drops what was written after `step` of `phase`: call it with what was restored, before the first `write`.
+    """Goes back to where a checkpoint was: drops what was written after `step` of `phase`.
 
-    Rows of phases that began earlier stay whole, rows of later phases go, and so does a line that a kill cut in half.
-    Without a restored checkpoint, `truncate("", -1)` drops everything.
+    Call it before the first `write` with what was restored, or with ("", 0) when nothing was. Rows of phases
+    that began before `phase` stay, rows of phases that began after it go, and so does a line cut in half by a
+    kill. The TensorBoard events are written anew from the rows that stay.
     """
     self.close()
-    self._purge_after = (phase, step)
-    if not self._writes or not self._path.exists():
+    if not self._writes:
       return
-    rows = [(line, row) for _, line, row in _lines(self._path) if row is not None]
-    phases = list(dict.fromkeys(row["phase"] for _, row in rows))
-    now = phases.index(phase) if phase in phases else len(phases) if phase else -1
-    kept = []
-    for line, row in rows:
-      age = phases.index(row["phase"])
-      if age < now or (age == now and row["step"] <= step):
-        kept.append(line + "\n")
-    write_text_atomic(self._path, "".join(kept))
+    rows = _rows(self._path) if self._path.exists() else []
+    order = list(dict.fromkeys(row["phase"] for _, row in rows))
+    current = order.index(phase) if phase in order else len(order) if phase else -1
+    kept = [
+      (line, row)
+      for line, row in rows
+      if order.index(row["phase"]) < current or (row["phase"] == phase and row["step"] <= step)
+    ]
+    if self._path.exists():
+      write_text_atomic(self._path, "".join(f"{line}\n" for line, _ in kept))
+    for old in self._events.glob("*/events.out.tfevents.*"):
+      old.unlink()
+    for _, row in kept:
+      self._write_events(_decode_row(row))
 
   def close(self) -> None:
     """Closes the files; `write` opens them again."""
@@ -155,52 +160,57 @@ class MetricsWriter:
       board.close()
     self._boards.clear()
 
-  def _write_events(self, phase: str, step: int, plain: Mapping[str, Any], now: float) -> None:
-    if self._events is None:
-      return
+  def _write_events(self, row: Mapping[str, Any]) -> None:
+    phase = row["phase"]
     if phase not in self._boards:
-      purge = None
-      if self._purge_after is not None:
-        purge = self._purge_after[1] + 1 if self._purge_after[0] == phase else 0
-      self._boards[phase] = SummaryWriter(str(self._events / phase), purge_step=purge)
-    board = self._boards[phase]
-    for name, value in plain.items():
-      flat = np.ravel(np.asarray(value, np.float64))
-      for index, item in enumerate(flat):
-        tag = name if np.ndim(value) == 0 else f"{name}/{index:02d}"
-        board.add_scalar(tag, item, global_step=step, walltime=now)
+      self._boards[phase] = SummaryWriter(str(self._events / phase), flush_secs=10)
+    for name, value in row.items():
+      if name in _HEAD:
+        continue
+      items = (
+        {f"{name}/{i:02d}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
+      )
+      for tag, item in items.items():
+        if math.isfinite(item):  # TensorBoard draws no others; metrics.jsonl has them
+          self._boards[phase].add_scalar(tag, item, global_step=row["step"], walltime=row["time"])
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   """The rows of a `metrics.jsonl`, in order; NaN and infinities come back as floats.
 
-  A line that is no JSON object (cut off by a kill) is skipped, with a warning that names its number.
+  A line that is no whole row (cut in half by a kill) is skipped, with a warning that names its number.
   """
-  path = pathlib.Path(path)
-  rows = []
-  for number, _, row in _lines(path):
-    if row is None:
-      _log.warning("%s, line %d: not a metrics row, skipped", path, number)
-    else:
-      rows.append({k: v if k in _HEAD else _decode(v) for k, v in row.items()})
-  return rows
+  return [_decode_row(row) for _, row in _rows(pathlib.Path(path))]
 
 
-def _lines(path: pathlib.Path) -> list[tuple[int, str, dict[str, Any] | None]]:
-  """(line number, line, row or None where the line is no row) of every non-empty line."""
+def _rows(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+  """(line, row as written) of every whole row."""
   out = []
   with open(path, encoding="utf-8", errors="replace") as file:
-    for number, raw in enumerate(file, start=1):
-      line = raw.rstrip("\n")
-      if not line.strip():
-        continue
+    for number, line in enumerate(file, start=1):
       try:
         row = json.loads(line)
-        whole = isinstance(row["phase"], str) and isinstance(row["step"], int) and raw.endswith("\n")
+        whole = isinstance(row["phase"], str) and isinstance(row["step"], int) and line.endswith("\n")
       except (ValueError, TypeError, KeyError):
         whole = False
-      out.append((number, line, row if whole else None))
+      if whole:
+        out.append((line.rstrip("\n"), row))
+      else:
+        _log.warning("%s, line %d: not a whole row of metrics, skipped", path, number)
   return out
+
+
+def _plain(name: str, value: Any) -> Any:
+  array = np.asarray(value)
+  if array.ndim > 1 or not (
+    np.issubdtype(array.dtype, np.number) or array.dtype in (bool, jax.numpy.bfloat16)
+  ):
+    raise ValueError(
+      f"metric {name} is {array.dtype}{list(array.shape)}; want a number or a vector of numbers."
+    )
+  if array.dtype == jax.numpy.bfloat16:
+    array = array.astype(np.float32)
+  return array.tolist()
 
 
 def _encode(value: Any) -> Any:
@@ -215,3 +225,7 @@ def _decode(value: Any) -> Any:
   if isinstance(value, list):
     return [_decode(v) for v in value]
   return float(value) if isinstance(value, str) else value
+
+
+def _decode_row(row: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: value if name in _HEAD else _decode(value) for name, value in row.items()}
