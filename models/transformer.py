@@ -53,7 +53,8 @@ def _matrix(axes: tuple[str | None, ...], inputs: int, outputs: int) -> Callable
   """Fan-in scaled initialiser: axis `inputs` is contracted, axes left of it are batched."""
   batch = tuple(range(inputs))
   return nn.with_logical_partitioning(
-    nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", inputs, outputs, batch_axis=batch), axes
+    nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", inputs, outputs, batch_axis=batch),
+    axes,
   )
 
 

@@ -18,9 +18,7 @@ class Scores(NamedTuple):
   trace: RoutingTrace
 
 
-def token_log_prob(
-  policy: Policy, params: Params, hidden: Array, tokens: Array, *, chunk: int
-) -> tuple[Array, Array]:
+def token_log_prob(policy: Policy, params: Params, hidden: Array, tokens: Array, *, chunk: int) -> tuple[Array, Array]:
   """Log-probability of every token and entropy of the distribution it came from, slot-aligned.
 
   Logits are made `chunk` positions at a time and made again in the backward pass, so [B, T, V] never exists.
