@@ -121,7 +121,7 @@ def expert_overlap(new_index: Array, old_index: Array) -> Array:
 def expert_load(expert_index: Array, mask: Array, num_experts: int) -> Array:
   """[B, T, K] choices, [B, T] bool -> [num_experts] int32, masked choices per expert; batches add up."""
   # A comparison rather than a scatter: it partitions over a sharded batch and fuses into its reduction.
-  chosen = expert_index[..., None] == jnp.arange(num_experts, dtype=expert_index.dtype)
+  chosen = expert_index.astype(jnp.int32)[..., None] == jnp.arange(num_experts, dtype=jnp.int32)
   return jnp.sum(chosen & mask[..., None, None], axis=(0, 1, 2), dtype=jnp.int32)
 
 
