@@ -26,6 +26,8 @@ eager_and_jitted = pytest.mark.parametrize("way", [lambda f: f, jax.jit], ids=["
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 each_placement = pytest.mark.parametrize("placement", PLACEMENTS)
 each_mode = pytest.mark.parametrize("mode", AGGREGATIONS)
+# Placement and aggregation never meet in the code: two pairs cover both of each.
+each_setting = pytest.mark.parametrize(("placement", "mode"), list(zip(PLACEMENTS, AGGREGATIONS, strict=True)))
 WIDE = {grpo: {}, gspo: dict(eps_low=0.1, eps_high=0.1), gmpo: {}}  # random rows fall on both sides of the clip
 
 
@@ -255,8 +257,7 @@ def terms_and_gradient(objective, log_ratio, advantage, mask):
 
 @eager_and_jitted
 @each_objective
-@each_placement
-@each_mode
+@each_setting
 def test_padding_and_empty_rows_get_exactly_zero_gradient_whatever_stands_there(way, objective, placement, mode):
   log_ratio, advantage, mask, log_shift = case()
   f = functools.partial(loss, objective=objective, mode=mode, placement=placement)
@@ -284,8 +285,7 @@ def test_an_all_empty_batch_has_zero_loss_and_gradient(way, objective, mode):
 
 @eager_and_jitted
 @each_objective
-@each_placement
-@each_mode
+@each_setting
 def test_masked_equals_subset(way, objective, placement, mode):
   """More padding columns on both sides, and more empty rows, change neither loss nor gradient."""
   log_ratio, advantage, mask, log_shift = case()
@@ -315,8 +315,7 @@ def test_zero_advantage_contributes_nothing_even_where_the_ratio_overflows(way, 
 
 @eager_and_jitted
 @each_objective
-@each_placement
-@each_mode
+@each_setting
 def test_full_trust_reduces_to_the_base_objective_to_the_bit(way, objective, placement, mode):
   log_ratio, advantage, mask, _ = case(seed=3)
   run = way(jax.value_and_grad(functools.partial(loss, objective=objective, mode=mode, placement=placement)))
@@ -361,8 +360,7 @@ def test_at_ratio_one_the_gradient_is_the_policy_gradient(way, objective, mode):
 
 @eager_and_jitted
 @each_objective
-@each_placement
-@each_mode
+@each_setting
 def test_order_of_rows_and_of_tokens_does_not_matter(way, objective, placement, mode):
   log_ratio, advantage, mask, log_shift = case(seed=7)
   rng = np.random.default_rng(7)
