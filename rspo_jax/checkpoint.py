@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_policies = ocp.training.preservation_policies
 
 
 class CheckpointError(RuntimeError):
@@ -81,18 +80,17 @@ class Checkpoints:
     self._folder = self._workdir / "checkpoints"
     if read_only and not self._folder.is_dir():
       raise ValueError(f"no checkpoints at {self._folder}. Name the --workdir of a run that has saved one.")
+    self._keep = keep
     self._best_metric = best_metric
     self._read_only = read_only
     self._unreadable: set[int] = set()
     self._lock = None if read_only or jax.process_index() else _lock(self._workdir)
-    best = _policies.BestN(
-      get_metric_fn=lambda metrics: _rank(metrics, best_metric), n=1, keep_checkpoints_without_metrics=False
-    )
     self._orbax = ocp.training.Checkpointer(
       self._folder,
-      preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(keep), best]),
+      preservation_policy=self,
       cleanup_tmp_directories=not read_only,  # what a killed save left behind
     )
+    self._metrics = {step: self._read_metrics(step) for step in self.steps()}
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -110,15 +108,9 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The step with the largest `best_metric`, the newest of equals; None when no step carries the metric."""
-    known = [c for c in self._orbax.checkpoints if c.step not in self._unreadable]
-    rank, step = max(
-      ((_rank(c.metrics, self._best_metric), c.step) for c in known), default=(-math.inf, None)
-    )
-    return step if rank > -math.inf else None
+    return self._best_of(self.steps())
 
-  def save(
-    self, step: int, state: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None
-  ) -> bool:
+  def save(self, step: int, state: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
     """Starts saving, and returns once the arrays are on the host: `state` may be donated right after.
 
     Args:
@@ -143,15 +135,20 @@ class Checkpoints:
     if step == newest:
       return False
     self._move_unreadable_aside()
-    record = {"meta": to_plain_json(meta), "leaves": _describe(state, fingerprints(state))}
+    known = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+    record = {"meta": to_plain_json(meta), "metrics": known, "leaves": _describe(state, fingerprints(state))}
+    self._metrics[step] = known
     self._orbax.save_checkpointables_async(
-      step,
-      {"state": state},
-      force=True,
-      metrics={name: float(value) for name, value in metrics.items()} if metrics else None,
-      custom_metadata=record | {"crc32": _crc32(record)},
+      step, {"state": state}, force=True, custom_metadata=record | {"crc32": _crc32(record)}
     )
     return True
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Orbax asks, after each save, which of the steps on disk (oldest first) to keep."""
+    del context
+    steps = [c.step for c in checkpoints]
+    kept = {*steps[-self._keep :], self._best_of(steps)}
+    return [step in kept for step in steps]
 
   def restore(self, abstract_state: Any) -> Restored | None:
     """The newest complete checkpoint, laid out as asked; None when the workdir has none.
@@ -194,9 +191,10 @@ class Checkpoints:
       except Exception as error:
         _log.warning("loading %s failed, attempt %d of 2", path, attempt, exc_info=True)
         failure = error
+    why = f"{type(failure).__name__}: {_first_line(failure)}"
     raise CheckpointError(
-      f"checkpoint {path} cannot be read ({type(failure).__name__}: {_first_line(failure)}). To continue from "
-      f"an older step, move that folder out of {self._folder}; with none left, use a fresh --workdir."
+      f"checkpoint {path} cannot be read ({why}). To continue from an older step, move that folder out of "
+      f"{self._folder}; with none left, use a fresh --workdir."
     ) from failure
 
   def wait(self) -> None:
@@ -212,10 +210,28 @@ class Checkpoints:
         self._lock.close()
         self._lock = None
 
-  def _load(self, step: int, wanted: Any) -> Restored:
+  def _best_of(self, steps: Sequence[int]) -> int | None:
+    name = self._best_metric
+    ranked = [(self._metrics[step][name], step) for step in steps if name in self._metrics.get(step, {})]
+    return max(ranked)[1] if ranked else None
+
+  def _read_record(self, step: int) -> dict[str, Any]:
+    """What `save` wrote beside the arrays."""
     record = dict(self._orbax.checkpointables_metadata(step).custom_metadata)
     if record.pop("crc32") != _crc32(record):
       raise OSError("damaged metadata")
+    return record
+
+  def _read_metrics(self, step: int) -> dict[str, float]:
+    """Kept in our record, not as Orbax's metrics: a damaged file of those keeps all steps from opening."""
+    try:
+      return self._read_record(step)["metrics"]
+    except Exception:  # whatever is wrong, `restore` says so if that step is needed
+      _log.info("checkpoint %d has no readable metadata", step, exc_info=True)
+      return {}
+
+  def _load(self, step: int, wanted: Any) -> Restored:
+    record = self._read_record(step)
     saved = record["leaves"]
     _check_same_tree(self._folder / str(step), saved, _describe(wanted))
     state = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
@@ -250,9 +266,7 @@ def abstract(state: Any) -> Any:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
       name = jax.tree_util.keystr(path)
-      raise ValueError(
-        f"leaf {name} ({leaf}) has no sharding; want a jax array or ShapeDtypeStruct with one."
-      )
+      raise ValueError(f"leaf {name} ({leaf}) has no sharding; want a jax array or ShapeDtypeStruct with one.")
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   return jax.tree_util.tree_map_with_path(describe, state)
@@ -261,8 +275,8 @@ def abstract(state: Any) -> Any:
 def fingerprints(state: Any) -> list[int]:
   """A 32-bit fingerprint of every leaf's bits, in the order of `jax.tree.leaves`.
 
-  Integer sums on the devices: one cheap pass over memory, and the sharding does not matter. Equal lists mean (but
-  for a chance of 2^-32 a leaf) bitwise equal states. Any dtype but complex and typed random keys.
+  Integer sums on the devices: one cheap pass over memory, and the sharding does not matter. Equal lists mean
+  (but for a chance of 2^-32 a leaf) bitwise equal states. Any dtype but complex and typed random keys.
   """
   leaves = jax.tree.leaves(state)
   return [int(x) for x in jax.device_get(_fingerprint(leaves))] if leaves else []
@@ -302,11 +316,6 @@ def _lock(workdir: pathlib.Path) -> Any:
   except OSError:
     _log.info("%s is on a file system without locks; nothing guards it from a second run", workdir)
   return file
-
-
-def _rank(metrics: Mapping[str, Any] | None, name: str) -> float:
-  value = float((metrics or {}).get(name, -math.inf))
-  return -math.inf if math.isnan(value) else value
 
 
 def _crc32(record: Mapping[str, Any]) -> int:

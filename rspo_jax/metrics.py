@@ -1,8 +1,8 @@
 """F3: the documented metric names, and the files they are written to.
 
 A run writes `metrics.jsonl`, one JSON object a line: phase, step, time (seconds since 1970), then metrics by
-name. It is the record: after a restart it goes on as if never interrupted. TensorBoard events are made from it,
-one TensorBoard run per phase.
+name. It is the record: after a restart it goes on as if never interrupted. TensorBoard events are made from
+it, one TensorBoard run per phase.
 """
 
 import json
