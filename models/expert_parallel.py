@@ -1,4 +1,4 @@
-"""The experts of one layer on a device mesh: every device runs the experts it holds on the tokens of its expert group."""
+"""The experts of one layer on a mesh: every device runs the experts it holds on the tokens of its expert group."""
 
 from collections.abc import Sequence
 

@@ -64,7 +64,7 @@ def _boxed_init(config: TransformerConfig, rng: Array):
 
 
 def _unstack_layers(config: TransformerConfig, params: Params) -> dict[str, Any]:
-  """One tree per layer, in the compute dtype: slicing stacked layers inside the decode loop would copy them each step."""
+  """One tree per layer: slicing stacked layers inside the decode loop would copy them at every step."""
   layers = []
   for number, (_, length) in enumerate(config.segments):
     stacked = params[f"layers_{number}"]

@@ -1,6 +1,6 @@
 """The layers: attention with query/key norms and rotary positions, SwiGLU experts behind a float32 softmax router.
 
-Source: Qwen3 technical report (arXiv 2505.09388); checked against transformers' `Qwen3MoeForCausalLM` in tests/hf_test.py.
+Source: Qwen3 technical report (arXiv 2505.09388); tests/hf_test.py holds it to transformers' `Qwen3MoeForCausalLM`.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,9 @@
 """F1: what an update tells about itself: importance ratios, clipping, router shift, expert load."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from rspo_jax import reductions
@@ -17,7 +19,7 @@ class ShiftStatistics(NamedTuple):
 
 
 class TokenStatistics(NamedTuple):
-  """Per token, [B, T], slot-aligned: log_prob, entropy, log_ratio in nats, the clip flags, shift (None if unwatched)."""
+  """Per token, [B, T], slot-aligned: log_prob, entropy, log_ratio in nats; the clip flags; shift, None if unwatched."""
 
   log_prob: Array
   entropy: Array
@@ -90,3 +92,10 @@ def load_metrics(load: Array) -> dict[str, Array]:
     "router/load_max_over_mean": (load.max(axis=-1) / jnp.where(mean > 0, mean, 1)).mean(),
     "router/dead_fraction": (load == 0).mean(),
   }
+
+
+def over_updates(updates: Sequence[dict[str, Array]]) -> dict[str, Array]:
+  """One row of metrics for the updates of a step: means, but the largest "ratio/max" and the last count of skips."""
+  combine = {"ratio/max": lambda x: x.max(axis=0), "updates/skipped": lambda x: x[-1]}
+  stacked = jax.tree.map(lambda *values: jnp.stack(values), *updates)
+  return {name: combine.get(name, lambda x: x.mean(axis=0))(values) for name, values in stacked.items()}

@@ -1,15 +1,18 @@
 """F3: device meshes, made in one place, and the one table that maps logical axes to mesh axes."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
-from rspo_jax.types import Layout, Params, Policy, TrainState
+from rspo_jax.types import Array, Layout, Params, Policy, TrainState
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -97,14 +100,34 @@ def state_shardings(policy: Policy, optimizer: optax.GradientTransformation, lay
   return TrainState(params=params, opt_state=opt_state, step=everywhere)
 
 
+def create_state(policy: Policy, optimizer: optax.GradientTransformation, seed: Array | int) -> TrainState:
+  """A fresh train state; pure, so that jit can place it and eval_shape can describe it."""
+  params = policy.init(jax.random.key(seed))
+  return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.zeros((), jnp.int32))
+
+
 def init_state(policy: Policy, optimizer: optax.GradientTransformation, seed: int, layout: Layout) -> TrainState:
   """A fresh train state, made under one jit and born sharded."""
-
-  def create(seed):
-    params = policy.init(jax.random.key(seed))
-    return TrainState(params=params, opt_state=optimizer.init(params), step=jax.numpy.zeros((), jax.numpy.int32))
-
+  create = functools.partial(create_state, policy, optimizer)
   return jax.jit(create, out_shardings=state_shardings(policy, optimizer, layout))(seed)
+
+
+def abstract_state(policy: Policy, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+  """Shapes, dtypes and shardings of `init_state`, without making it: what a checkpoint is restored against."""
+  shapes = jax.eval_shape(functools.partial(create_state, policy, optimizer), 0)
+  shardings = state_shardings(policy, optimizer, layout)
+  return jax.tree.map(
+    lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+  )
+
+
+def restart_optimizer(
+  state: TrainState, policy: Policy, optimizer: optax.GradientTransformation, layout: Layout
+) -> TrainState:
+  """The same parameters under an optimizer that has seen nothing, as when a new phase of training begins."""
+  shardings = state_shardings(policy, optimizer, layout)
+  opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(state.params)
+  return state.replace(opt_state=opt_state)
 
 
 def put_batch(batch: Any, layout: Layout) -> Any:
@@ -125,3 +148,10 @@ def put_batch(batch: Any, layout: Layout) -> Any:
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
   return jax.tree.map(put, batch)
+
+
+def fetch(tree: Any) -> Any:
+  """Device arrays as numpy arrays, whole on every process."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)

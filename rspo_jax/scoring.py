@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rspo_jax import routing
+from rspo_jax.minibatches import join_rows, split_rows
 from rspo_jax.types import Array, Params, Policy, RoutingTrace
 
 
@@ -58,17 +59,27 @@ def token_log_prob(policy: Policy, params: Params, hidden: Array, tokens: Array,
   return tuple(routing.to_slots(value) for value in per_position)
 
 
-def score(policy: Policy, params: Params, tokens: Array, valid: Array, *, chunk: int = 128) -> Scores:
+def score(
+  policy: Policy, params: Params, tokens: Array, valid: Array, *, microbatches: int = 1, chunk: int = 128
+) -> Scores:
   """What the update calls "old": log-probabilities and routing of the policy that sampled, from one forward.
 
-  Call it on batches of the update's own (micro)batch shape and sharding: then the update's first forward repeats it
-  exactly, every importance ratio is 1 and no router has moved.
+  Call it on minibatches of the update's own shape, sharding and microbatches: then the update's first forward repeats
+  it exactly, every importance ratio is 1 and no router has moved.
 
   Args:
     tokens: [B, T] int32; valid: [B, T] bool.
+    microbatches: pieces scored one after the other, to save memory.
     chunk: positions whose logits are held at once.
   """
   probe = routing.record_routing(policy.router_log_prob)
-  hidden, probed = policy.forward(params, tokens, valid, probe=probe)
-  log_prob, entropy = token_log_prob(policy, params, hidden, tokens, chunk=chunk)
-  return Scores(log_prob, entropy, routing.stack_trace(probed))
+
+  def score_piece(piece):
+    tokens, valid = piece
+    hidden, probed = policy.forward(params, tokens, valid, probe=probe)
+    log_prob, entropy = token_log_prob(policy, params, hidden, tokens, chunk=chunk)
+    return Scores(log_prob, entropy, routing.stack_trace(probed))
+
+  if microbatches == 1:
+    return score_piece((tokens, valid))
+  return join_rows(jax.lax.map(score_piece, split_rows((tokens, valid), microbatches)))

@@ -12,6 +12,7 @@ import optax
 
 from rspo_jax import diagnostics, objectives, reductions, routing
 from rspo_jax.diagnostics import RouterSums, ShiftStatistics, TokenStatistics
+from rspo_jax.minibatches import join_rows, split_rows
 from rspo_jax.scoring import token_log_prob
 from rspo_jax.types import Array, Layout, Params, Policy, TrainBatch, TrainState
 
@@ -53,33 +54,8 @@ class Pieces(NamedTuple):
   sums: Any
 
 
-def split_rows(tree: Any, pieces: int, *, group: int = 1) -> Any:
-  """[B, ...] -> [pieces, B / pieces, ...], dealing out groups of `group` neighbouring rows in turn.
-
-  Dealing in turn (piece i takes groups i, i + pieces, ...) keeps every piece spread over all devices that hold the rows.
-
-  Raises:
-    ValueError: the groups do not divide by `pieces`.
-  """
-
-  def split(leaf):
-    if leaf.shape[0] % (pieces * group):
-      raise ValueError(
-        f"{leaf.shape[0]} rows in groups of {group} do not divide into {pieces} equal pieces; change one of the three."
-      )
-    dealt = leaf.reshape(-1, pieces, group, *leaf.shape[1:]).swapaxes(0, 1)
-    return dealt.reshape(pieces, -1, *leaf.shape[1:])
-
-  return jax.tree.map(split, tree)
-
-
-def _join_rows(tree: Any) -> Any:
-  """Undoes `split_rows` for groups of one row."""
-  return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), tree)
-
-
 def skip_nonfinite(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-  """The optimizer, but an update with a NaN or infinite gradient changes nothing and is counted ("updates/skipped")."""
+  """The optimizer, but a gradient with a NaN or infinity changes nothing and is counted ("updates/skipped")."""
   return optax.apply_if_finite(optimizer, max_consecutive_errors=jnp.iinfo(jnp.int32).max)
 
 
@@ -108,7 +84,7 @@ def _gradient_step(
     shapes = jax.eval_shape(differentiate, state.params, jax.tree.map(lambda leaf: leaf[0], parts))
     (value, pieces), gradient = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (value, sums, gradient), rows = jax.lax.scan(accumulate, (value, pieces.sums, gradient), parts)
-    pieces = Pieces(_join_rows(rows), sums)
+    pieces = Pieces(join_rows(rows), sums)
   if axis_name is not None:
     value, sums, gradient = jax.lax.psum((value, pieces.sums, gradient), axis_name)
     pieces = Pieces(jax.lax.all_gather(pieces.rows, axis_name, tiled=True), sums)
@@ -225,8 +201,8 @@ def _watched_forward(policy: Policy, params: Params, batch: TrainBatch, options:
     return hidden, None, RouterSums(load, None)
   if batch.old_routing is None:
     raise ValueError(
-      f"shift_floor is {options.shift_floor} but the batch has no old_routing; put the trace of `scoring.score` into it, "
-      "or set shift_floor to None for the base objective."
+      f"shift_floor is {options.shift_floor} but the batch has no old_routing; put the trace of `scoring.score` into "
+      "it, or set shift_floor to None for the base objective."
     )
   probe = routing.watch_routing(policy.router_log_prob, routing.to_positions(batch.action_mask))
   hidden, seen = policy.forward(
