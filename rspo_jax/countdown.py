@@ -1,8 +1,8 @@
 """F3: Countdown problems. Reach a target with each given number exactly once and the four operations.
 
-A problem reads `"3 7 12=22:"` as a prompt; `"3+7+12"`, then the end of the sequence, answers it. Answers are judged by
-a parser of our own: no text is ever executed, arithmetic is exact, and whatever a policy writes is only ever right or
-wrong. `rspo_jax.countdown_problems` makes problems and demonstrations.
+As a prompt a problem reads `"3 7 12=22:"`; `"3+7+12"`, then the end of the sequence, answers it. Answers are judged
+by a parser of our own: no text is ever executed, arithmetic is exact, and no text makes it raise or run long.
+`rspo_jax.countdown_problems` makes problems and demonstrations.
 """
 
 import dataclasses
@@ -49,11 +49,12 @@ class Verdict(NamedTuple):
   """What an answer is worth.
 
   Attributes:
-    valid: an expression of allowed operators over exactly the given numbers (its value may be wrong or undefined).
+    valid: an expression of allowed operators over exactly the given numbers, whatever its value.
     value: its exact value; None if it is not valid or divides by zero.
     right: value equals the target.
-    why: 'right', 'wrong value', 'division by zero' (these three are valid); 'wrong numbers', 'operator not allowed',
-      'not an expression', 'too deep' (more than MAX_DEPTH open parentheses), 'too long' (more than MAX_LENGTH characters).
+    why: of a valid answer 'right', 'wrong value' or 'division by zero'; of any other 'wrong numbers', 'operator not
+      allowed', 'not an expression', 'too deep' (more than MAX_DEPTH parentheses open at once) or 'too long' (more
+      than MAX_LENGTH characters).
   """
 
   valid: bool
@@ -71,16 +72,16 @@ def canonical_operators(operators: str) -> str:
 
 
 def prompt_text(problem: Problem) -> str:
-  """The prompt, e.g. '3 7 12=22:'. The policy answers with an expression such as '3+7+12' and the end token."""
+  """The prompt, e.g. '3 7 12=22:', which the policy answers with an expression and the end token."""
   return f"{' '.join(map(str, problem.numbers))}={problem.target}:"
 
 
 def check(text: str, problem: Problem, operators: str = OPERATORS) -> Verdict:
-  """Judges an answer; returns for every text, however strange, in time linear in at most MAX_LENGTH characters.
+  """Judges an answer. Returns for every text, however strange, and reads at most MAX_LENGTH characters of it.
 
-  The grammar is decimal ASCII integers without leading zeros, binary operators with the usual precedence and
-  associativity to the left, parentheses and ASCII spaces between tokens. There is no sign, power, floor division,
-  float, underscore or '=': those are 'not an expression'.
+  The grammar: decimal ASCII integers without leading zeros, binary operators of the usual precedence that associate
+  to the left, parentheses, and ASCII spaces between tokens. Signs, powers, floor division, floats, underscores and
+  '=' are 'not an expression'.
   """
   if len(text) > MAX_LENGTH:
     return Verdict(False, None, False, "too long")
@@ -110,7 +111,7 @@ def _tokens(text):
 
 
 def _parse(text):
-  """(tokens in postfix order, '') or ([], why not). Operator precedence with an explicit stack: nothing recurses."""
+  """(tokens in postfix order, '') or ([], why not). The stack is explicit: no text makes this recurse."""
   if not _ANSWER_CHARACTERS.issuperset(text):
     return [], "not an expression"
   output, stack, depth, want_operand = [], [], 0, True
@@ -172,7 +173,7 @@ def apply(operator: str, left: Fraction, right: Fraction) -> Fraction | None:
 
 
 class Term(NamedTuple):
-  """An expression as text, with what decides whether it needs parentheses: 1 for a sum, 2 for a product, 3 a number."""
+  """An expression as text, and how tightly it binds: 1 a sum or difference, 2 a product or quotient, 3 a number."""
 
   text: str
   precedence: int

@@ -1,11 +1,12 @@
 """F3: makes Countdown problems with demonstrations, right and deliberately wrong.
 
-Problems come from random expressions, so each is solvable by construction. The random expressions are drawn and
-evaluated many at a time in numpy: a fraction stays two int64 (numerator, denominator) that are never reduced, which is
-exact as long as no intermediate can overflow (`CountdownSpec` refuses ranges that could).
+Problems come from random expressions, so each is solvable by construction. The expressions are drawn and evaluated
+many at a time in numpy, each value a pair of int64 (numerator, denominator) that is never reduced. That is exact as
+long as nothing overflows; `CountdownSpec` refuses ranges that could.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -61,8 +62,8 @@ class CountdownSpec:
         raise ValueError(f"{name} is {getattr(self, name)}; want {least} or more.")
     if self.high**self.numbers * 2**self.numbers >= 2**63 or self.target_high >= 2**31:
       raise ValueError(
-        f"{self.numbers} numbers up to {self.high} or targets up to {self.target_high} are too large for exact "
-        "64-bit arithmetic. Lower high, numbers or target_high."
+        f"{self.numbers} numbers up to {self.high} with targets up to {self.target_high} are too large to compute "
+        "with exactly in 64 bits. Lower high, numbers or target_high."
       )
 
 
@@ -77,8 +78,8 @@ class Worked(NamedTuple):
 def make_problems(spec: CountdownSpec) -> dict[str, list[Worked]]:
   """{'train': spec.train problems, 'test': spec.test problems}, no two of which have the same `Problem.key`.
 
-  A problem with many solutions is likelier to be drawn, so rare ones are missing until most of the universe is asked
-  for. Left out are the few problems whose every expression has the same value, as 2 and 2 with + and *.
+  A problem with many solutions is likelier to be drawn than one with few. Left out are the few problems whose every
+  expression has the same value, as 2 and 2 with + and *.
 
   Raises:
     ValueError: fewer distinct problems were found than asked for; says how many and what to widen.
@@ -92,8 +93,8 @@ def make_problems(spec: CountdownSpec) -> dict[str, list[Worked]]:
   while len(made) < count:
     if draws - newest > max(_DRY, draws // 2):
       raise ValueError(
-        f"Found only {len(made)} distinct Countdown problems in {draws} random expressions; train + test asks for "
-        f"{count}. Ask for fewer, or widen numbers ({spec.numbers}), low..high ({spec.low}..{spec.high}), "
+        f"Found only {len(made)} distinct Countdown problems in {draws} random expressions; train + test asks "
+        f"for {count}. Ask for fewer, or widen numbers ({spec.numbers}), low..high ({spec.low}..{spec.high}), "
         f"target_low..target_high ({spec.target_low}..{spec.target_high}) or operators ({spec.operators!r})."
       )
     fresh = _draw_solved(rng, rows, spec, seen)
@@ -110,34 +111,29 @@ def make_problems(spec: CountdownSpec) -> dict[str, list[Worked]]:
 
 
 def solutions(problem: Problem, operators: str = OPERATORS) -> list[str]:
-  """Every right expression, sorted; none has a parenthesis too many. Milliseconds for three numbers, seconds for six."""
-  numbers = [Fraction(number) for number in problem.numbers]
-  everything = (1 << len(numbers)) - 1
-  values: dict[int, dict] = {1 << i: {number: None} for i, number in enumerate(numbers)}
-  for chosen in range(1, everything):
-    if chosen not in values:
-      values[chosen] = dict.fromkeys(
-        value
-        for left, right in _halves(chosen)
-        for a in values[left]
-        for b in values[right]
-        for operator in operators
-        if (value := apply(operator, a, b)) is not None
-      )
+  """Every right expression without needless parentheses, sorted. Milliseconds for 3 numbers, seconds for 6."""
+  target = Fraction(problem.target)
+  everything = (1 << len(problem.numbers)) - 1
+  # ways[chosen][value]: how the chosen numbers (a bit mask) can reach a value, by their last operation.
+  ways: dict[int, dict[Fraction, list]] = {1 << i: {Fraction(number): []} for i, number in enumerate(problem.numbers)}
+  for chosen in range(1, everything + 1):
+    if chosen in ways:
+      continue
+    reached = ways[chosen] = {}
+    for left, right in _halves(chosen):
+      for a, b, operator in itertools.product(ways[left], ways[right], operators):
+        value = apply(operator, a, b)
+        if value is not None and (chosen != everything or value == target):
+          reached.setdefault(value, []).append((operator, left, a, right, b))
 
   def derive(chosen: int, value: Fraction) -> Iterator[Term]:
     if chosen.bit_count() == 1:
       yield Term(str(value), 3)
-      return
-    for left, right in _halves(chosen):
-      for a in values[left]:
-        for operator in operators:
-          for b in _missing(operator, a, value, values[right]):
-            for first in derive(left, a):
-              for second in derive(right, b):
-                yield join(operator, first, second)
+    for operator, left, a, right, b in ways[chosen].get(value, ()):
+      for first, second in itertools.product(derive(left, a), derive(right, b)):
+        yield join(operator, first, second)
 
-  return sorted({term.text for term in derive(everything, Fraction(problem.target))})
+  return sorted({term.text for term in derive(everything, target)})
 
 
 def demonstration(problem: Problem, rng: np.random.Generator, operators: str = OPERATORS) -> str:
@@ -156,9 +152,7 @@ def wrong_demonstration(problem: Problem, rng: np.random.Generator, operators: s
   """
   (text,) = _wrong(rng, [problem], operators)
   if not text:
-    raise ValueError(
-      f"Every expression over {problem.numbers} with {operators!r} seems to equal {problem.target}."
-    )
+    raise ValueError(f"Every expression over {problem.numbers} with {operators!r} seems to equal {problem.target}.")
   return text
 
 
@@ -170,24 +164,8 @@ def _halves(chosen):
     left = (left - 1) & chosen
 
 
-def _missing(operator, a, value, candidates):
-  """Those b among the candidates with `a operator b == value`."""
-  if operator == "/" and value == 0 == a:
-    return [b for b in candidates if b]
-  if operator == "*" and value == 0 == a:
-    return list(candidates)
-  if operator in "*/" and (a == 0 or (operator == "/" and value == 0)):
-    return []
-  b = (
-    {"+": value - a, "-": a - value}[operator]
-    if operator in "+-"
-    else (value / a if operator == "*" else a / value)
-  )
-  return [b] if b in candidates else []
-
-
 def _draw_solved(rng, rows, spec, seen):
-  """[(problem, expression that solves it)] of `rows` random expressions, without those whose key has been seen."""
+  """[(problem, expression that solves it)] from `rows` random expressions, but none whose key was seen before."""
   leaves = rng.integers(spec.low, spec.high + 1, size=(rows, spec.numbers))
   merges, numerator, denominator = _random_expressions(rng, leaves, spec.operators)
   defined = denominator != 0
@@ -204,7 +182,7 @@ def _draw_solved(rng, rows, spec, seen):
 
 
 def _wrong(rng, problems: Sequence[Problem], operators: str) -> list[str]:
-  """For each problem (all with equally many numbers) a valid expression with another value, '' where none was found."""
+  """Per problem, all of them equally many numbers, a valid expression with another value; '' if none was found."""
   texts = [""] * len(problems)
   left = np.arange(len(problems))
   leaves = np.array([problem.numbers for problem in problems], np.int64)
@@ -226,7 +204,7 @@ def _random_expressions(rng, leaves, operators):
   Args:
     leaves: [N, n] int64.
   Returns:
-    merges [N, n - 1, 3]: (position of the left part, of the right part, operator's index in OPERATORS) for `_text`;
+    merges [N, n - 1, 3]: positions of the left and the right part, and the operator's index in OPERATORS, for `_text`;
     numerator [N]; denominator [N], 0 where something was divided by zero.
   """
   count, size = leaves.shape
@@ -240,7 +218,7 @@ def _random_expressions(rng, leaves, operators):
     j += j >= i
     operator = choice[rng.integers(len(choice), size=count)]
     a, b, c, d = numerator[row, i], denominator[row, i], numerator[row, j], denominator[row, j]
-    # Dividing by zero, or by what is already undefined (0 / 0), gives a denominator of 0, which every operation keeps.
+    # A division by zero, or by something undefined (0 / 0), leaves a denominator of 0; every operation keeps that.
     numerator[row, i] = np.choose(operator, [a * d + b * c, a * d - b * c, a * c, np.where(c == 0, 0, a * d)])
     denominator[row, i] = np.choose(operator, [b * d, b * d, b * d, b * c])
     numerator[row, j], denominator[row, j] = numerator[:, parts - 1], denominator[:, parts - 1]

@@ -1,14 +1,18 @@
 """F3: the Countdown data set as a TFDS builder, written as array_record files and read without TensorFlow."""
 
+import contextlib
 import dataclasses
+import fcntl
+import io
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rspo_jax.countdown import Problem
-from rspo_jax.countdown_problems import CountdownSpec, make_problems
+from rspo_jax.countdown import Problem, check
+from rspo_jax.countdown_problems import CountdownSpec, Worked, make_problems
 
 _LETTERS = {
   "+": "a",
@@ -56,10 +60,7 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     del dl_manager
-    return {
-      split: self._generate_examples(worked)
-      for split, worked in make_problems(self.builder_config.spec).items()
-    }
+    return {split: self._generate_examples(worked) for split, worked in make_problems(self.builder_config.spec).items()}
 
   def _generate_examples(self, worked):
     for index, (problem, right, wrong) in enumerate(worked):
@@ -74,29 +75,59 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
       )
 
 
-def problem_of(record: dict) -> Problem:
-  """The problem of one record as TFDS reads it. ValueError or KeyError if the record is not one of ours."""
-  return Problem(tuple(np.asarray(record["numbers"]).tolist()), np.asarray(record["target"]).item())
+def worked_of(record: dict, operators: str) -> Worked:
+  """One record as TFDS reads it. Raises (ValueError, KeyError) if it is not a problem with its two expressions."""
+  problem = Problem(tuple(np.asarray(record["numbers"]).tolist()), np.asarray(record["target"]).item())
+  worked = Worked(problem, record["demonstration"].decode("ascii"), record["wrong_demonstration"].decode("ascii"))
+  verdicts = check(worked.right, problem, operators).why, check(worked.wrong, problem, operators).why
+  if verdicts != ("right", "wrong value"):
+    raise ValueError(f"{worked} has demonstrations that are judged {verdicts}, not right and wrong value")
+  return worked
 
 
-def prepare(spec: CountdownSpec, folder: Path) -> dict[str, Any]:
-  """{split: records} of the data set under a folder, made first if it is not there. One process at a time.
+def folder_of(spec: CountdownSpec, root: Path) -> Path:
+  """The folder under the root that holds this spec's files."""
+  return root / Countdown.name / CountdownConfig.of(spec).name / str(Countdown.VERSION)
+
+
+def prepare(spec: CountdownSpec, root: Path) -> dict[str, Any]:
+  """{split: records} of the data set under a root folder, made first if it is not there.
+
+  TFDS writes to a temporary folder and renames it, so what exists is whole. A lock keeps processes that start together
+  from making it twice; the system drops it when a process dies. Reading needs no lock and no permission to write.
 
   Raises:
     ValueError: a spec that cannot be met, or files that cannot be read (names their folder and the cure).
   """
   tfds.disable_progress_bar()
-  config = CountdownConfig.of(spec)
-  made = folder / Countdown.name / config.name / str(Countdown.VERSION)
+  made = folder_of(spec, root)
+
+  def builder():
+    return Countdown(config=CountdownConfig.of(spec), data_dir=root, file_format="array_record")
+
+  with _quiet():
+    if not made.exists():
+      root.mkdir(parents=True, exist_ok=True)
+      with open(root / "countdown.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        builder().download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    try:
+      return {split: builder().as_data_source(split) for split in ("train", "test")}
+    except Exception as error:
+      raise ValueError(
+        f"The data set in {made} cannot be read ({type(error).__name__}: {error}). Delete that folder and start "
+        "again: it will be made anew."
+      ) from error
+
+
+@contextlib.contextmanager
+def _quiet():
+  """TFDS prints a banner and warns that a configuration is not in its catalogue; neither is news here."""
+  log = logging.getLogger("absl")
+  level = log.level
+  log.setLevel(logging.ERROR)
   try:
-    builder = Countdown(config=config, data_dir=folder, file_format="array_record")
-    if not made.exists():
-      builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    return builder.as_data_source()
-  except Exception as error:
-    if not made.exists():
-      raise
-    raise ValueError(
-      f"The data set in {made} cannot be read ({type(error).__name__}: {error}). Delete that folder and start again; "
-      "it will be made anew."
-    ) from error
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    log.setLevel(level)

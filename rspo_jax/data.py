@@ -1,14 +1,11 @@
 """F3: data sets as examples in memory, and batches of them that can be asked for by step.
 
-A data set is read and checked whole before anything is compiled; after that a step's batch is a pure function of
+A data set is read and checked whole before anything is compiled. From then on a step's batch is a pure function of
 (seed, step), so the position kept in a checkpoint is one integer. `DATASETS` maps a name to its loader; a loader
-returns `{split: Split}`.
+returns {split: Split}.
 """
 
-import contextlib
-import fcntl
-import io
-import logging
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +24,7 @@ class Example(NamedTuple):
     prompt: text.
     gold: whatever the data set's reward wants: a `countdown.Problem` here.
     demonstration: a right completion without the end token; '' where the data set has none.
-    wrong_demonstration: a well-formed wrong one, for warm starts that are noisy on purpose; '' where there is none.
+    wrong_demonstration: a well-formed wrong one, for warm starts that are noisy on purpose; '' likewise.
     metadata: what else a reward or a report may want, as Countdown's {'operators': '+-*/'}.
   """
 
@@ -38,7 +35,8 @@ class Example(NamedTuple):
   metadata: Mapping[str, Any] = {}
 
 
-class Split(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Split:
   """The examples of one split.
 
   Attributes:
@@ -51,10 +49,14 @@ class Split(NamedTuple):
   examples: tuple[Example, ...]
   skipped: tuple[int, ...] = ()
 
+  def __len__(self) -> int:
+    return len(self.examples)
 
-def read_split(
-  name: str, records: Sequence[Any], parse: Callable[[Any], Example], *, on_broken: str = "fail"
-) -> Split:
+  def __getitem__(self, index: int) -> Example:
+    return self.examples[index]
+
+
+def read_split(name: str, records: Sequence[Any], parse: Callable[[Any], Example], *, on_broken: str = "fail") -> Split:
   """Reads every record, so that a broken one shows before training starts.
 
   Args:
@@ -74,14 +76,14 @@ def read_split(
     except Exception as error:
       if on_broken == "fail":
         raise ValueError(
-          f"Record {index} of {name} is broken: {type(error).__name__}: {error} Repair or rebuild the data set, or "
+          f"Record {index} of {name} is broken ({type(error).__name__}: {error}). Delete or repair the data set, or "
           "leave such records out with on_broken='skip'."
         ) from error
       skipped.append(index)
   if not examples:
     raise ValueError(
-      f"{name} is empty: {len(records)} records, {len(skipped)} of them broken. Ask the data set for more examples, "
-      "or delete its folder so that it is made again."
+      f"{name} is empty: {len(records)} records, {len(skipped)} of them broken. Ask the data set for more "
+      "examples, or delete its folder so that it is made anew."
     )
   return Split(name, tuple(examples), tuple(skipped))
 
@@ -89,9 +91,8 @@ def read_split(
 class Batches:
   """The batches of an endless, shuffled walk over a split; each epoch is shuffled anew.
 
-  The global batch of a step is the same whatever the number of processes: process i has its i-th run of rows. An epoch
-  that ends within a batch is followed by the next one at once, so every example comes once per epoch and none is
-  dropped.
+  The global batch of a step is the same whatever the number of processes: process i has its i-th run of rows. The next
+  epoch follows within the same batch, so every example comes exactly once per epoch and none is dropped.
 
   Attributes:
     position: the step that `next` gives next; read it for a checkpoint, set it to resume.
@@ -99,7 +100,7 @@ class Batches:
 
   def __init__(self, split: Split, rows: int, seed: int, start: int, process_index: int, process_count: int):
     self.position = start
-    self._walk = grain.MapDataset.source(split.examples).seed(seed).shuffle().repeat()
+    self._walk = grain.MapDataset.source(split).seed(seed).shuffle().repeat()
     self._rows = rows
     self._first_row = process_index * rows
     self._stride = process_count * rows
@@ -127,8 +128,8 @@ def batches(
 
   Args:
     split: where the examples come from.
-    batch_size: examples per step over all processes; a multiple of process_count. It may exceed the split, whose
-      examples then repeat within a batch.
+    batch_size: examples per step over all processes, a multiple of process_count. If it exceeds the split, examples
+      repeat within a batch.
     seed: of the shuffling, in [0, 2**32).
     start: the first step, as kept in a checkpoint.
     process_index, process_count: which rows of each batch are this process's.
@@ -137,14 +138,12 @@ def batches(
   """
   if batch_size < 1 or process_count < 1 or batch_size % process_count:
     raise ValueError(
-      f"batch_size is {batch_size} over {process_count} processes; want a positive multiple of the process count."
+      f"batch_size is {batch_size} for {process_count} processes; want a positive multiple of their number."
     )
   if not 0 <= process_index < process_count:
     raise ValueError(f"process_index is {process_index}; want one in [0, {process_count}).")
   if not 0 <= seed < 2**32 or start < 0:
-    raise ValueError(
-      f"seed is {seed} and start is {start}; want a seed in [0, 2**32) and a start of 0 or more."
-    )
+    raise ValueError(f"seed is {seed} and start is {start}; want a seed in [0, 2**32) and a start of 0 or more.")
   return Batches(split, batch_size // process_count, seed, start, process_index, process_count)
 
 
@@ -159,12 +158,12 @@ def load_countdown(
   """Countdown as {'train': Split, 'test': Split}; made once per spec, read from its folder from then on.
 
   Args:
-    data_dir: where TFDS keeps it; `cache_dir()` if None. Processes that start together make it only once.
+    data_dir: where TFDS keeps it; `cache_dir()` if None. Several processes may ask for it at once.
     on_broken: see `read_split`.
     **spec: fields of `countdown_problems.CountdownSpec`.
   Returns:
-    Examples whose gold is a `countdown.Problem` and whose metadata has 'operators'. No two problems of all splits are
-    the same up to the order of their numbers.
+    Examples whose gold is a `countdown.Problem` and whose metadata has 'operators'. No problem comes twice, in one
+    split or in both, however its numbers are ordered.
   Raises:
     ValueError: an unknown or impossible spec, an empty split, a broken record, or a folder that cannot be read.
   """
@@ -175,42 +174,19 @@ def load_countdown(
   if unknown := sorted(set(spec) - set(known)):
     raise ValueError(f"Countdown has no setting {', '.join(unknown)}; it has {', '.join(known)}.")
   chosen = CountdownSpec(**spec)
-  folder = Path(data_dir or cache_dir()).expanduser()
-  folder.mkdir(parents=True, exist_ok=True)
+  root = Path(data_dir or cache_dir()).expanduser()
   metadata = {"operators": chosen.operators}
 
   def parse(record):
-    problem = countdown_tfds.problem_of(record)
-    right, wrong = (record[field].decode("ascii") for field in ("demonstration", "wrong_demonstration"))
+    problem, right, wrong = countdown_tfds.worked_of(record, chosen.operators)
     return Example(prompt_text(problem), problem, right, wrong, metadata)
 
-  with _locked(folder / "countdown.lock"), _quiet():
-    records = countdown_tfds.prepare(chosen, folder)
+  records = countdown_tfds.prepare(chosen, root)
+  folder = countdown_tfds.folder_of(chosen, root)
   return {
-    split: read_split(f"countdown/{split} in {folder}", records[split], parse, on_broken=on_broken)
-    for split in ("train", "test")
+    split: read_split(f"countdown/{split} in {folder}", found, parse, on_broken=on_broken)
+    for split, found in records.items()
   }
-
-
-@contextlib.contextmanager
-def _locked(path):
-  """One process at a time; the system drops the lock of a process that dies."""
-  with open(path, "a") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield
-
-
-@contextlib.contextmanager
-def _quiet():
-  """TFDS prints a banner and warns that a configuration is not in its catalogue; neither is news here."""
-  log = logging.getLogger("absl")
-  level = log.level
-  log.setLevel(logging.ERROR)
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      yield
-  finally:
-    log.setLevel(level)
 
 
 DATASETS: dict[str, Callable[..., dict[str, Split]]] = {"countdown": load_countdown}

@@ -39,7 +39,7 @@ class Scores(NamedTuple):
 
 
 def countdown_reward(text: str, example: Example, *, format_reward: float = 0.1) -> RewardResult:
-  """1 for a right expression, format_reward for a valid one over the right numbers with another value, else 0.
+  """1 for a right expression, format_reward for a valid one over the right numbers that is not right, else 0.
 
   Args:
     text: the completion without its end token.
@@ -49,9 +49,7 @@ def countdown_reward(text: str, example: Example, *, format_reward: float = 0.1)
     ValueError: format_reward out of range.
   """
   if not 0.0 <= format_reward < 1.0:
-    raise ValueError(
-      f"format_reward is {format_reward}; want a value in [0, 1), less than a right answer earns."
-    )
+    raise ValueError(f"format_reward is {format_reward}; want a value in [0, 1), less than a right answer earns.")
   verdict = countdown.check(text, example.gold, example.metadata["operators"])
   reward = 1.0 if verdict.right else format_reward if verdict.valid else 0.0
   return RewardResult(reward, verdict.right, verdict.valid)
@@ -61,12 +59,12 @@ def score_completions(reward: Reward, texts: Sequence[str], examples: Sequence[E
   """Rewards a batch; texts[i] answers examples[i], so an example with G samples stands there G times.
 
   Raises:
-    ValueError: unequal lengths, or a reward that raised or returned something other than a finite RewardResult; names
-      the row, the prompt and the start of the text.
+    ValueError: unequal lengths, or a reward that raised or returned anything but a finite RewardResult; names the
+      row, the prompt and the start of the text.
   """
   if len(texts) != len(examples):
     raise ValueError(
-      f"{len(texts)} texts for {len(examples)} examples; want one example per text: repeat each for its samples."
+      f"{len(texts)} texts for {len(examples)} examples; want an example per text: repeat it for its samples."
     )
   results = []
   for row, (text, example) in enumerate(zip(texts, examples, strict=True)):
@@ -75,13 +73,11 @@ def score_completions(reward: Reward, texts: Sequence[str], examples: Sequence[E
       result = reward(text, example)
     except Exception as error:
       raise ValueError(
-        f"The reward raised {type(error).__name__}: {error} at {where}. A reward must return a RewardResult for every "
-        "text: give 0 to what it cannot judge."
+        f"The reward raised {type(error).__name__}: {error} at {where}. A reward must return a RewardResult for "
+        "every text: let it give 0 to what it cannot judge."
       ) from error
     if not isinstance(result, RewardResult) or not math.isfinite(result.reward):
-      raise ValueError(
-        f"The reward returned {result!r} at {where}; want a RewardResult with a finite reward."
-      )
+      raise ValueError(f"The reward returned {result!r} at {where}; want a RewardResult with a finite reward.")
     results.append(result)
   return Scores(
     np.array([result.reward for result in results], np.float32),

@@ -1,7 +1,7 @@
 """F3: text to token ids and back.
 
-`Tokenizer` is all the rest of the project asks of a tokenizer. `CharTokenizer` fills it in for synthetic tasks. There
-is no padding and no begin token: padding is whatever lies outside `valid`, and masks are made from lengths.
+`Tokenizer` is all that the project asks of a tokenizer; `CharTokenizer` fills it in for synthetic tasks. There is no
+padding token and no begin token: padding is whatever lies outside `valid`, and masks are made from lengths.
 """
 
 from collections.abc import Iterable, Sequence
@@ -52,12 +52,12 @@ class CharTokenizer:
       return [self._ids[character] for character in text]
     except KeyError as error:
       raise ValueError(
-        f"{error.args[0]!r} in {text!r} is not in the alphabet {self.alphabet!r}. Add it to the alphabet, or use a "
-        "tokenizer that covers this text."
+        f"{error.args[0]!r} in {text!r} is not in the alphabet {self.alphabet!r}. Add it there, or use a tokenizer "
+        "that covers this text."
       ) from None
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text up to the first end token. An id of a larger model vocabulary reads as U+FFFD, which no reward takes."""
+    """The text up to the first end token. Ids outside the vocabulary, which a larger model may draw, read as U+FFFD."""
     text = []
     for i in ids:
       if i == self.eos_id:
@@ -81,11 +81,7 @@ def pad_left(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np
   valid = np.zeros((len(rows), length), bool)
   for index, row in enumerate(rows):
     if not 0 < len(row) <= length:
-      cure = (
-        "Raise the prompt length or drop the example."
-        if len(row)
-        else "A completion needs a prompt before it."
-      )
+      cure = "Raise the prompt length or drop the example." if len(row) else "A completion needs a prompt before it."
       raise ValueError(f"Row {index} has {len(row)} tokens; want 1 to {length}. {cure}")
     tokens[index, length - len(row) :] = row
     valid[index, length - len(row) :] = True
