@@ -146,9 +146,7 @@ class Progress:
     return Text.assemble((self._phase, "bold cyan"), "  ", *bar, facts)
 
 
-def table(
-  title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, console: Console | None = None
-) -> None:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, console: Console | None = None) -> None:
   """Prints a table (process 0 only): drawn on a terminal, aligned text elsewhere.
 
   Args:
@@ -171,8 +169,7 @@ def table(
   console.print(Text(title), soft_wrap=True)
   for line in lines:
     padded = [
-      cell.rjust(width) if i else cell.ljust(width)
-      for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+      cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))
     ]
     console.print(Text("  ".join(padded)), soft_wrap=True)
 

@@ -99,11 +99,11 @@ class Checkpoints:
     self.close()
 
   def steps(self) -> list[int]:
-    """The complete steps on disk, oldest first, without those `restore` found unreadable."""
+    """The steps on disk and the one being saved, oldest first, without those `restore` found unreadable."""
     return [c.step for c in self._orbax.checkpoints if c.step not in self._unreadable]
 
   def latest_step(self) -> int | None:
-    """The newest complete step, None when there is none."""
+    """The newest of `steps()`, None when there is none."""
     return max(self.steps(), default=None)
 
   def best_step(self) -> int | None:
@@ -179,6 +179,7 @@ class Checkpoints:
 
   def restore_step(self, step: int, abstract_state: Any) -> Restored:
     """One step, such as `best_step()`. Arguments and errors as in `restore`, but without falling back."""
+    self.wait()
     path = self._folder / str(step)
     if step not in self.steps():
       raise ValueError(f"no checkpoint at {path}; the steps there are {self.steps()}.")
