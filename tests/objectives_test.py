@@ -376,10 +376,11 @@ def test_order_of_rows_and_of_tokens_does_not_matter(way, objective, placement, 
 @eager_and_jitted
 @each_objective
 @each_mode
-@pytest.mark.parametrize("cuts", [[3], [1, 2, 5], [5]], ids=str)
+@pytest.mark.parametrize("cuts", [[2, 4], [1]], ids=str)
 def test_microbatches_add_up_to_the_whole(way, objective, mode, cuts):
-  """Totals, weights, and the gradients of totals over the whole batch's weight; one piece holds only an empty row."""
+  """Totals, weights, and the gradients of totals over the whole batch's weight; the third piece of the first is empty."""
   log_ratio, advantage, mask, log_shift = case(seed=9)
+  mask[4:] = False
 
   def total(log_ratio, advantage, mask, log_shift):
     result = aggregate(objective(log_ratio, advantage, mask, log_shift=log_shift), mask, mode)
