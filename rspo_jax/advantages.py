@@ -48,9 +48,7 @@ def group_advantages(
   """
   groups = _groups(reward, samples_per_prompt)
   if not 0 <= ddof < samples_per_prompt:
-    raise ValueError(
-      f"ddof is {ddof}; want 0 <= ddof < samples_per_prompt={samples_per_prompt}. Use 1, or 0 as numpy."
-    )
+    raise ValueError(f"ddof is {ddof}; want 0 <= ddof < samples_per_prompt={samples_per_prompt}. Use 1, or 0 as numpy.")
   advantage = groups - groups.mean(axis=1, keepdims=True)
   if normalize_std:
     advantage /= groups.std(axis=1, ddof=ddof, keepdims=True) + epsilon

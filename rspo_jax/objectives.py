@@ -57,9 +57,7 @@ class _Inputs(NamedTuple):
 
 def _prepare(log_ratio, advantage, mask, log_shift, placement) -> _Inputs:
   if placement not in PLACEMENTS:
-    raise ValueError(
-      f"placement is {placement!r}; want one of {PLACEMENTS}. The paper's (v2) is 'before_clip'."
-    )
+    raise ValueError(f"placement is {placement!r}; want one of {PLACEMENTS}. The paper's (v2) is 'before_clip'.")
   chex.assert_rank([log_ratio, advantage, mask], [2, 1, 2])
   chex.assert_equal_shape([log_ratio, mask] + ([] if log_shift is None else [log_shift]))
   chex.assert_equal_shape_prefix([log_ratio, advantage], 1)

@@ -378,7 +378,7 @@ def test_order_of_rows_and_of_tokens_does_not_matter(way, objective, placement, 
 @each_mode
 @pytest.mark.parametrize("cuts", [[2, 4], [1]], ids=str)
 def test_microbatches_add_up_to_the_whole(way, objective, mode, cuts):
-  """Totals, weights, and the gradients of totals over the whole batch's weight; the third piece of the first is empty."""
+  """Totals, weights, and the gradients of totals over the whole batch's weight; one piece may be empty."""
   log_ratio, advantage, mask, log_shift = case(seed=9)
   mask[4:] = False
 
