@@ -1,0 +1,239 @@
+"""F4: the pictures of a run, small multiples drawn from its rows of metrics."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import colormaps, ticker
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart by every kind of colour vision; the order keeps lightness apart as well.
+BLUE, ORANGE, GREEN, PURPLE, SKY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#222222"
+_GREY = "#666666"
+_SHADES = colormaps["cividis"]
+
+
+class Curve(NamedTuple):
+  """One line: a metric, how it is called, its colour. points: draw markers only, for what is measured now and then."""
+
+  metric: str
+  label: str
+  color: str
+  points: bool = False
+
+
+class Panel(NamedTuple):
+  """One picture. name: of its file. unit: of the y axis. bounds: y limits that are shown whatever the data."""
+
+  name: str
+  title: str
+  unit: str
+  curves: tuple[Curve, ...]
+  explanation: str
+  phase: str = "rl"
+  log: bool = False
+  bounds: tuple[float | None, float | None] = (None, None)
+
+
+PANELS = (
+  Panel(
+    "success", "Success", "share of completions",
+    (
+      Curve("reward/success", "training problems", BLUE),
+      Curve("eval/success", "held-out, T=1", ORANGE, points=True),
+      Curve("eval/greedy_success", "held-out, greedy", GREEN, points=True),
+    ),
+    "Completions that solve their problem. The held-out problems are never trained on.", bounds=(0, 1),
+  ),
+  Panel(
+    "reward", "Reward", "mean reward", (Curve("reward/mean", "mean of a step's completions", BLUE),),
+    "What training maximises.", bounds=(0, None),
+  ),
+  Panel(
+    "entropy", "Policy entropy", "nats per token", (Curve("policy/entropy", "mean over tokens", BLUE),),
+    "Falling slowly is learning; near zero the policy no longer explores.", bounds=(0, None),
+  ),
+  Panel(
+    "ratio", "Importance ratio", "new / old probability (log)",
+    (
+      Curve("ratio/max", "max", PURPLE), Curve("ratio/p99", "p99", ORANGE),
+      Curve("ratio/p50", "median", BLACK), Curve("ratio/p1", "p1", BLUE),
+    ),
+    "How far the updates of one step moved tokens from the policy that sampled them; 1 is not at all.", log=True,
+  ),
+  Panel(
+    "clip", "Clipped terms", "share of terms",
+    (Curve("clip/low", "lower bound", BLUE), Curve("clip/high", "upper bound", ORANGE)),
+    "Terms whose ratio left the trust region.", bounds=(0, None),
+  ),
+  Panel(
+    "gamma", "Router-shift weight gamma", "gamma; share of tokens",
+    (
+      Curve("shift/gamma_mean", "mean", BLUE), Curve("shift/gamma_p10", "p10", SKY),
+      Curve("shift/floor_fraction", "share at the floor", ORANGE),
+    ),
+    "Trust in a token after its routing moved; 1 where the router stood still.", bounds=(0, 1),
+  ),
+  Panel(
+    "drift", "Router drift by layer", "nats", (Curve("shift/layer_drift", "layer", BLUE),),
+    "Mean absolute change of the old experts' router log-probabilities.", bounds=(0, None),
+  ),
+  Panel(
+    "overlap", "What is left of the old policy", "share",
+    (Curve("router/overlap", "old experts still chosen", BLUE), Curve("ratio/ess", "effective sample size", ORANGE)),
+    "1 right after sampling; falls as the updates of one step move router and policy.", bounds=(None, 1),
+  ),
+  Panel(
+    "kl", "Divergence from the sampling policy", "nats per token", (Curve("kl/approx", "KL(old, new), k3", BLUE),),
+    "How far the updates of one step carry the policy.", bounds=(0, None),
+  ),
+  Panel(
+    "gradient", "Gradient norm", "global norm before clipping (log)", (Curve("grad/norm", "mean of updates", BLUE),),
+    "Spikes tell of instability; a fall to nothing, of groups without signal.", log=True,
+  ),
+  Panel(
+    "length", "Response length", "tokens",
+    (Curve("length/mean", "mean", BLUE), Curve("length/max", "longest", SKY)),
+    "With the end token.", bounds=(0, None),
+  ),
+  Panel(
+    "rates", "Groups and form", "share",
+    (
+      Curve("reward/format", "in the asked form", BLUE), Curve("groups/zero_variance", "groups without signal", ORANGE),
+      Curve("length/truncated", "cut off at the limit", GREEN),
+    ),
+    "A group whose completions all earn the same teaches nothing.", bounds=(0, 1),
+  ),
+  Panel(
+    "load", "Expert load", "tokens, busiest over mean", (Curve("router/load_max_over_mean", "mean of layers", BLUE),),
+    "1 is even; the number of experts over those active is the worst.", bounds=(1, None),
+  ),
+  Panel(
+    "dead", "Experts without a token", "share of experts", (Curve("router/dead_fraction", "all layers", BLUE),),
+    "Experts that got no token of a minibatch.", bounds=(0, None),
+  ),
+  Panel(
+    "warm_start", "Warm-start loss", "nats per token", (Curve("loss/warm_start", "cross-entropy", BLUE),),
+    "Supervised loss on the demonstrations, before RL.", phase="warm_start", bounds=(0, None),
+  ),
+  Panel(
+    "speed", "Speed", "tokens per second",
+    (
+      Curve("speed/sample_tokens_per_second", "sampling", BLUE),
+      Curve("speed/score_tokens_per_second", "scoring", GREEN),
+      Curve("speed/train_tokens_per_second", "training", ORANGE),
+    ),
+    "The first step compiles.", bounds=(0, None),
+  ),
+)  # fmt: skip
+
+
+def draw(rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+  """Draws every panel that has something to show.
+
+  Args:
+    rows: as `rspo_jax.metrics.read_metrics` gives them. What is not finite, or not positive on a log axis, is left out
+      and counted on the picture.
+  Returns:
+    Name of the panel -> PNG.
+  """
+  pictures = {panel.name: _draw_panel(panel, rows) for panel in PANELS}
+  return {name: picture for name, picture in pictures.items() if picture is not None}
+
+
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
+  """Centred mean over `width` values, fewer at the ends; [N], NaN values are left out (NaN where none is left)."""
+  known = np.isfinite(values)
+  window = np.ones(width)
+  total = np.convolve(np.where(known, values, 0.0), window, "full")
+  count = np.convolve(known.astype(float), window, "full")
+  start = (width - 1) // 2
+  total, count = total[start : start + len(values)], count[start : start + len(values)]
+  return np.where(count > 0, total / np.where(count > 0, count, 1), np.nan)
+
+
+def _series(rows: Sequence[Mapping[str, Any]], phase: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+  """Steps [N] and values [N, W] of a metric, W = 1 for a scalar; rows of another width than the first are left out."""
+  found = [(row["step"], np.atleast_1d(row[metric])) for row in rows if row["phase"] == phase and metric in row]
+  found = [(step, value) for step, value in found if len(value) == len(found[0][1])]
+  if not found:
+    return np.zeros(0), np.zeros((0, 1))
+  return np.array([step for step, _ in found]), np.stack([value for _, value in found]).astype(float)
+
+
+def _draw_panel(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> bytes | None:
+  figure = Figure(figsize=(4.6, 3.0), dpi=110, layout="constrained")
+  FigureCanvasAgg(figure)
+  axes = figure.add_subplot()
+  drawn, left_out = 0, 0
+  for curve in panel.curves:
+    steps, values = _series(rows, panel.phase, curve.metric)
+    bad = ~np.isfinite(values) | ((values <= 0) & panel.log)
+    values = np.where(bad, np.nan, values)
+    left_out += int(bad.sum())
+    if not np.isfinite(values).any():
+      continue
+    drawn += 1
+    for column, (label, color) in enumerate(_lines(curve, values.shape[1])):
+      _draw_line(axes, steps, values[:, column], label, color, points=curve.points, log=panel.log)
+  if not drawn:
+    return None
+  _dress(axes, panel, left_out)
+  file = io.BytesIO()
+  figure.savefig(file, format="png", metadata={"Software": None})
+  return file.getvalue()
+
+
+def _lines(curve: Curve, count: int) -> list[tuple[str, Any]]:
+  """Label and colour of each line of a curve: a vector's run from dark to light, first to last."""
+  if count == 1:
+    return [(curve.label, curve.color)]
+  shades = np.linspace(0.0, 0.85, count)
+  named = {0, count // 2, count - 1} if count > 6 else set(range(count))
+  return [(f"{curve.label} {i + 1}" if i in named else "_", _SHADES(shade)) for i, shade in enumerate(shades)]
+
+
+def _draw_line(axes, steps, values, label, color, *, points: bool, log: bool) -> None:
+  if points:
+    axes.plot(steps, values, "o-", color=color, label=label, linewidth=0.8, markersize=5, zorder=3)
+    return
+  width = max(1, len(steps) // 15)
+  if width < 3:
+    axes.plot(steps, values, color=color, label=label, linewidth=1.5, marker="o" if len(steps) < 3 else None)
+    return
+  axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.35)
+  line = np.exp(smooth(np.log(values), width)) if log else smooth(values, width)
+  axes.plot(steps, line, color=color, label=label, linewidth=1.8)
+
+
+def _dress(axes, panel: Panel, left_out: int) -> None:
+  axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+  axes.set_xlabel("warm-start step" if panel.phase == "warm_start" else "RL step", fontsize=9)
+  axes.set_ylabel(panel.unit, fontsize=9)
+  axes.tick_params(labelsize=8, colors=_GREY)
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.spines[["left", "bottom"]].set_color("#BBBBBB")
+  axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+  if panel.log:
+    axes.set_yscale("log")
+  else:
+    axes.yaxis.set_major_formatter(ticker.EngFormatter() if panel.name == "speed" else ticker.ScalarFormatter())
+    low, high = axes.get_ylim()
+    wanted_low, wanted_high = panel.bounds
+    margin = 0.02
+    axes.set_ylim(
+      low if wanted_low is None else min(low, wanted_low - margin * (high - wanted_low)),
+      high if wanted_high is None else max(high, wanted_high + margin),
+    )
+  handles, _ = axes.get_legend_handles_labels()
+  if handles:
+    axes.legend(fontsize=8, frameon=False, loc="best", handlelength=1.2, labelspacing=0.3)
+  if left_out:
+    axes.annotate(
+      f"{left_out} values not drawn (not finite{' or not positive' if panel.log else ''})",
+      (1, 1), xycoords="axes fraction", ha="right", va="bottom", fontsize=7, color=ORANGE,
+    )  # fmt: skip
