@@ -191,6 +191,7 @@ def _wrong(rng, problems: Sequence[Problem], operators: str) -> list[str]:
     if not left.size:
       break
     merges, numerator, denominator = _random_expressions(rng, leaves[left], operators)
+    # Should the product wrap around, a wrong expression may pass for a right one and be drawn again: no harm done.
     wrong = (denominator != 0) & (numerator != targets[left] * denominator)
     for index, steps in zip(left[wrong], merges[wrong].tolist(), strict=True):
       texts[index] = _text(problems[index].numbers, steps)

@@ -194,7 +194,7 @@ def nearly_answers(draw):
   return text
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(nearly_answers() | st.lists(st.sampled_from(TOKENS), max_size=12).map("".join))
 def test_accepts_exactly_what_pythons_parser_calls_binary_arithmetic(text):
   tree = tree_of(text)
@@ -319,6 +319,7 @@ def test_demonstrations_are_drawn_from_the_generator_alone():
     CountdownSpec(train=1500, test=600),
     CountdownSpec(numbers=2, low=2, high=30, train=400, test=100, operators="+*", seed=3),
     CountdownSpec(numbers=4, low=5, high=50, target_low=10, target_high=500, train=700, test=100, operators="+-*"),
+    CountdownSpec(numbers=5, high=3, target_high=20, train=150, test=30),  # divides by zero time and again
     CountdownSpec(numbers=6, high=100, target_low=100, target_high=999, train=200, test=100),
   ],
 )
@@ -339,7 +340,7 @@ def test_splits_are_equally_hard():
   # The first problems drawn have the most solutions; a split that took them would be the easier one.
   splits = make_problems(CountdownSpec(train=10_000, test=1_000))
   easy = {
-    name: np.mean([len(solutions(worked.problem)) for worked in worked_list[:400]])
+    name: np.mean([len(solutions(worked.problem)) for worked in worked_list[:: len(worked_list) // 500]])
     for name, worked_list in splits.items()
   }
   assert abs(easy["train"] - easy["test"]) < 0.2 * easy["train"]
@@ -371,7 +372,7 @@ def test_the_whole_universe_can_be_had_and_nothing_more():
     ({"train": 0}, "train is 0"),
     ({"test": 0}, "test is 0"),
     ({"seed": -1}, "seed is -1"),
-    ({"numbers": 6, "high": 1000}, "64 bits"),
+    ({"numbers": 6, "high": 725}, "64 bits"),
     ({"target_high": 2**31}, "64 bits"),
   ],
 )
