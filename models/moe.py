@@ -30,10 +30,10 @@ def run_experts(x, expert_index, gate, weights, *, backend="auto"):
   _check(x, expert_index, gate, weights, backend)
   if backend == "auto":
     backend = "blocks" if jax.default_backend() == "cpu" else "ragged"
-  weights = tuple(w.astype(x.dtype) for w in weights)
   if backend == "blocks":
     pairs_per_expert = expert_index.size / weights[0].shape[0]
-    return run_blocks(x, expert_index, gate, weights, 16 if pairs_per_expert < 64 else 128)
+    return run_blocks(x, expert_index, gate, weights, 8 if pairs_per_expert < 64 else 128)
+  weights = tuple(w.astype(x.dtype) for w in weights)
   return {"dense": _dense, "ragged": _ragged, "gather": _gather}[backend](x, expert_index, gate, weights)
 
 
@@ -69,6 +69,7 @@ def _ragged(x, expert_index, gate, weights):
   k = expert_index.shape[1]
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   order = order_by_expert(expert_index, w_gate.shape[0])
+  place = jnp.zeros_like(order.pair).at[order.pair].set(jnp.arange(order.pair.size, dtype=jnp.int32))
   sizes = jnp.diff(order.start)
   # What ragged_dot leaves in rows behind the last group, forwards and backwards, is nobody's promise.
   live = (jnp.arange(order.pair.size) < order.start[-1])[:, None]
@@ -79,8 +80,7 @@ def _ragged(x, expert_index, gate, weights):
   x_rows = jnp.where(live, x[order.pair // k], 0)
   hidden = jax.nn.silu(dot(x_rows, w_gate)) * dot(x_rows, w_up)
   out = dot(jnp.where(live, hidden, 0).astype(x.dtype), w_down)
-  out = jnp.take(out, order.place, axis=0, mode="fill", fill_value=0)
-  return jnp.einsum("nkd,nk->nd", out, gate).astype(x.dtype)
+  return jnp.einsum("nkd,nk->nd", out[place.reshape(gate.shape)], gate).astype(x.dtype)
 
 
 def _gather(x, expert_index, gate, weights):

@@ -1,9 +1,9 @@
 """The CPU way of running mixture-of-experts layers: a loop over the row blocks that are in use.
 
-Token-expert pairs are laid in order of expert. Each expert's stretch of that order is walked in blocks of a
-fixed number of rows; the rows by which a stretch's last block runs over its end are computed for nothing and
-overwritten by the next expert, so no padding is stored. The number of blocks is known only when the tokens are,
-hence a loop with a dynamic bound and a hand-written gradient.
+Token-expert pairs are put in order of expert. Each expert's stretch of that order is walked in blocks of a fixed
+number of rows, so an expert's weights are read once, nothing is padded in memory, and the work is what the tokens
+ask for. How many blocks an expert needs is known only when the tokens are: hence loops with a dynamic bound and a
+hand-written gradient, which computes the hidden activations again (keeping them cost more than it saved).
 """
 
 from functools import partial
@@ -14,44 +14,52 @@ import jax.numpy as jnp
 
 
 class Order(NamedTuple):
-  """Token-expert pairs sorted by expert. M = N * K pairs.
+  """Token-expert pairs in order of expert, in order of token within one expert. M = N * K pairs, E experts.
 
   Attributes:
     pair: [M] int32, which pair (n * K + k) stands at each place; pairs without an expert come last.
-    place: [N, K] int32, where each pair stands; M or more for a pair without an expert.
     start: [E + 1] int32, first place of each expert; start[E] is the number of pairs that have an expert.
   """
 
   pair: jax.Array
-  place: jax.Array
   start: jax.Array
 
 
 def order_by_expert(expert_index, num_experts):
-  """Sorts pairs by expert, stably. expert_index [N, K] int32; an entry outside [0, E) names no expert."""
-  flat = expert_index.reshape(-1)
+  """expert_index [N, K] int32 -> Order; an entry outside [0, num_experts) names no expert.
+
+  Raises:
+    ValueError: more pairs than 32 bits can order.
+  """
+  flat, pairs = expert_index.reshape(-1), expert_index.size
+  if pairs * (num_experts + 1) >= 2**31:
+    raise ValueError(
+      f"{pairs} token-expert pairs over {num_experts} experts came at once; want fewer than "
+      f"{2**31 // (num_experts + 1)} pairs. Split the batch."
+    )
   flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
-  pair = jnp.argsort(flat, stable=True).astype(jnp.int32)
-  rank = jnp.zeros_like(pair).at[pair].set(jnp.arange(pair.size, dtype=jnp.int32))
-  place = jnp.where(flat < num_experts, rank, pair.size)
-  start = jnp.searchsorted(flat[pair], jnp.arange(num_experts + 1, dtype=jnp.int32)).astype(jnp.int32)
-  return Order(pair, place.reshape(expert_index.shape), start)
+  # One packed key: on CPU a third of the time of a stable argsort.
+  key = jax.lax.sort(flat * pairs + jnp.arange(pairs, dtype=jnp.int32), is_stable=False)
+  start = jnp.searchsorted(key, jnp.arange(num_experts + 1, dtype=jnp.int32) * pairs)
+  return Order(key % pairs, start.astype(jnp.int32))
 
 
-class _Blocks(NamedTuple):
-  count: jax.Array  # [] int32, blocks in use
-  expert: jax.Array  # [blocks] int32
-  first: jax.Array  # [blocks] int32, place of the block's first row
+class _Block(NamedTuple):
+  pair: jax.Array  # [rows] int32
+  token: jax.Array  # [rows] int32
+  mine: jax.Array  # [rows, 1] bool; False where the block runs over the expert's last row
 
 
-def _blocks(order, rows):
-  pairs, experts = order.pair.size, order.start.size - 1
-  needed = -(-jnp.diff(order.start) // rows)
-  end = jnp.cumsum(needed)
-  block = jnp.arange(-(-pairs // rows) + min(experts, pairs), dtype=jnp.int32)
-  expert = jnp.minimum(jnp.searchsorted(end, block, side="right"), experts - 1).astype(jnp.int32)
-  first = order.start[expert] + (block - (end - needed)[expert]) * rows
-  return _Blocks(end[-1], expert, first)
+def _walk(order, k, e, rows, step, carry):
+  """carry = step(block, carry) for every block of expert e."""
+  start, end = order.start[e], order.start[e + 1]
+
+  def body(b, carry):
+    first = start + b * rows
+    pair = jax.lax.dynamic_slice(order.pair, (first,), (rows,))
+    return step(_Block(pair, pair // k, (first + jnp.arange(rows) < end)[:, None]), carry)
+
+  return jax.lax.fori_loop(0, (end - start + rows - 1) // rows, body, carry)
 
 
 def _dot(a, b, a_axis, b_axis):
@@ -59,8 +67,16 @@ def _dot(a, b, a_axis, b_axis):
   return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=dtype)
 
 
-def _expert(weights, e):
-  return (jax.lax.dynamic_index_in_dim(w, e, keepdims=False) for w in weights)
+def _rows(x, index):
+  return x.at[index].get(mode="promise_in_bounds")
+
+
+def _add_rows(x, index, rows):
+  return x.at[index].add(rows, mode="promise_in_bounds")
+
+
+def _of_expert(weights, e, dtype):
+  return (jax.lax.dynamic_index_in_dim(w, e, keepdims=False).astype(dtype) for w in weights)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -70,78 +86,72 @@ def run_blocks(x, expert_index, gate, weights, rows):
 
 
 def _forward(x, expert_index, gate, weights, rows):
-  k = expert_index.shape[1]
   order = order_by_expert(expert_index, weights[0].shape[0])
-  blocks = _blocks(order, rows)
-  token = jnp.pad(order.pair // k, (0, rows))
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  order = order._replace(pair=jnp.pad(order.pair, (0, rows)))
+  gates = gate.reshape(-1)
 
-  def body(b, out):
-    first = blocks.first[b]
-    w_gate, w_up, w_down = _expert(weights, blocks.expert[b])
-    x_rows = x[jax.lax.dynamic_slice(token, (first,), (rows,))]
-    hidden = jax.nn.silu(_dot(x_rows, w_gate, 1, 0)) * _dot(x_rows, w_up, 1, 0)
-    y_rows = _dot(hidden.astype(x.dtype), w_down, 1, 0)
-    return jax.lax.dynamic_update_slice(out, y_rows, (first, 0))
+  def run_expert(e, y):
+    w_gate, w_up, w_down = _of_expert(weights, e, x.dtype)
 
-  out = jax.lax.fori_loop(0, blocks.count, body, jnp.zeros((order.pair.size + rows, x.shape[1]), dtype))
-  y = sum(
-    gate[:, i, None] * jnp.take(out[: order.pair.size], order.place[:, i], axis=0, mode="fill", fill_value=0)
-    for i in range(k)
-  )
+    def step(block, y):
+      x_rows = _rows(x, block.token)
+      hidden = jax.nn.silu(_dot(x_rows, w_gate, 1, 0)) * _dot(x_rows, w_up, 1, 0)
+      y_rows = _dot(hidden.astype(x.dtype), w_down, 1, 0) * _rows(gates, block.pair)[:, None]
+      return _add_rows(y, block.token, jnp.where(block.mine, y_rows, 0))
+
+    return _walk(order, gate.shape[1], e, rows, step, y)
+
+  y = jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+  y = jax.lax.fori_loop(0, weights[0].shape[0], run_expert, y)
   return y.astype(x.dtype), (x, gate, weights, order)
 
 
 def _backward(rows, saved, dy):
   x, gate, weights, order = saved
-  pairs, k = order.pair.size, gate.shape[1]
-  blocks = _blocks(order, rows)
+  num_experts, width, hidden_width = weights[0].shape
   dtype = jnp.promote_types(x.dtype, jnp.float32)
-  token = jnp.pad(order.pair // k, (0, rows))
-  gate_of = jnp.pad(gate.reshape(-1)[order.pair], (0, rows)).astype(dtype)
-  dy = dy.astype(dtype)
+  gates = gate.reshape(-1)
 
-  def body(b, carry):
-    dx, dgate, dweights = carry
-    e, first = blocks.expert[b], blocks.first[b]
-    w_gate, w_up, w_down = _expert(weights, e)
-    at = jax.lax.dynamic_slice(token, (first,), (rows,))
-    mine = first + jnp.arange(rows) < order.start[e + 1]
-    x_rows = x[at]
-    scale = jnp.where(mine, jax.lax.dynamic_slice(gate_of, (first,), (rows,)), 0)[:, None]
-    dy_rows = dy[at]
-    a, u = _dot(x_rows, w_gate, 1, 0), _dot(x_rows, w_up, 1, 0)
-    sigmoid = jax.nn.sigmoid(a)
-    hidden = a * sigmoid * u
-    dhidden = _dot(dy_rows.astype(x.dtype), w_down, 1, 1)
-    dgate_rows = jnp.sum(dhidden * hidden, axis=1)
-    dhidden = dhidden * scale
-    da = (dhidden * u * sigmoid * (1 + a * (1 - sigmoid))).astype(x.dtype)
-    du = (dhidden * a * sigmoid).astype(x.dtype)
-    dx_rows = _dot(da, w_gate, 1, 1) + _dot(du, w_up, 1, 1)
-    steps = (
-      _dot(x_rows, da, 0, 0),
-      _dot(x_rows, du, 0, 0),
-      _dot(hidden.astype(x.dtype), (scale * dy_rows).astype(x.dtype), 0, 0),
-    )
-    dx = jax.lax.dynamic_update_slice(dx, dx_rows, (first, 0))
-    dgate = jax.lax.dynamic_update_slice(dgate, dgate_rows, (first,))
-    return dx, dgate, tuple(dw.at[e].add(step) for dw, step in zip(dweights, steps, strict=True))
+  def run_expert(e, carry):
+    dx, dgates, dweights = carry
+    w_gate, w_up, w_down = _of_expert(weights, e, x.dtype)
+
+    def step(block, carry):
+      dx, dgates, dw_gate, dw_up, dw_down = carry
+      x_rows, dy_rows = _rows(x, block.token), _rows(dy, block.token)
+      scale = jnp.where(block.mine, _rows(gates, block.pair)[:, None], 0)
+      a, u = _dot(x_rows, w_gate, 1, 0), _dot(x_rows, w_up, 1, 0)
+      sigmoid = jax.nn.sigmoid(a)
+      silu = a * sigmoid
+      dhidden = _dot(dy_rows, w_down, 1, 1)
+      dgate_rows = jnp.sum(dhidden * silu * u, axis=1, keepdims=True)
+      dhidden = dhidden * scale
+      da = (dhidden * u * (sigmoid + silu * (1 - sigmoid))).astype(x.dtype)
+      du = (dhidden * silu).astype(x.dtype)
+      hidden = (scale * silu * u).astype(x.dtype)
+      dx_rows = _dot(da, w_gate, 1, 1) + _dot(du, w_up, 1, 1)
+      # XLA CPU contracts over rows at half speed; turned explicitly the whole gradient takes 0.79 of the time.
+      da, du, hidden = jax.lax.optimization_barrier((da.T, du.T, hidden.T))
+      return (
+        _add_rows(dx, block.token, jnp.where(block.mine, dx_rows, 0)),
+        _add_rows(dgates, block.pair, jnp.where(block.mine, dgate_rows, 0)[:, 0]),
+        dw_gate + _dot(da, x_rows, 1, 0),
+        dw_up + _dot(du, x_rows, 1, 0),
+        dw_down + _dot(hidden, dy_rows, 1, 0),
+      )
+
+    zero = jnp.zeros((hidden_width, width), dtype)
+    dx, dgates, *grads = _walk(order, gate.shape[1], e, rows, step, (dx, dgates, zero, zero, zero))
+    grads = (grads[0].T, grads[1].T, grads[2])
+    return dx, dgates, tuple(jax.tree.map(lambda w, g: w.at[e].set(g.astype(w.dtype)), dweights, grads))
 
   zeros = (
-    jnp.zeros((pairs + rows, x.shape[1]), dtype),
-    jnp.zeros((pairs + rows,), dtype),
-    tuple(jnp.zeros(w.shape, dtype) for w in weights),
+    jnp.zeros(x.shape, dtype),
+    jnp.zeros(gates.shape, dtype),
+    tuple(jnp.zeros_like(w) for w in weights),
   )
-  dx, dgate, dweights = jax.lax.fori_loop(0, blocks.count, body, zeros)
-  dx = sum(jnp.take(dx[:pairs], order.place[:, i], axis=0, mode="fill", fill_value=0) for i in range(k))
-  dgate = jnp.take(dgate[:pairs], order.place, mode="fill", fill_value=0)
-  return (
-    dx.astype(x.dtype),
-    None,
-    dgate.astype(gate.dtype),
-    tuple(dw.astype(w.dtype) for dw, w in zip(dweights, weights, strict=True)),
-  )
+  dx, dgates, dweights = jax.lax.fori_loop(0, num_experts, run_expert, zeros)
+  return dx.astype(x.dtype), None, dgates.reshape(gate.shape).astype(gate.dtype), dweights
 
 
 run_blocks.defvjp(_forward, _backward)
