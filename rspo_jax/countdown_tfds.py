@@ -112,12 +112,20 @@ def prepare(spec: CountdownSpec, root: Path) -> dict[str, Any]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         builder().download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     try:
-      return {split: builder().as_data_source(split) for split in ("train", "test")}
+      return {split: _fetch(builder().as_data_source(split)) for split in ("train", "test")}
     except Exception as error:
       raise ValueError(
         f"The data set in {made} cannot be read ({type(error).__name__}: {error}). Delete that folder and start "
         "again: it will be made anew."
       ) from error
+
+
+def _fetch(source):
+  """All records at once, which is three times as fast as one by one; the source itself if some cannot be read."""
+  try:
+    return source.__getitems__(range(len(source)))
+  except Exception:
+    return source  # whoever reads one by one finds out which
 
 
 @contextlib.contextmanager
