@@ -13,15 +13,16 @@ from matplotlib.figure import Figure
 BLUE, ORANGE, GREEN, PURPLE, SKY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#222222"
 _GREY = "#666666"
 _SHADES = colormaps["cividis"]
+_FINE = (1, 1.5, 2, 3, 4, 5, 6, 8)  # ticks of a log axis that spans less than a decade
 
 
 class Curve(NamedTuple):
-  """One line: a metric, how it is called, its colour. points: draw markers only, for what is measured now and then."""
+  """One line: a metric, how it is called, its colour. marker: of what is measured only now and then."""
 
   metric: str
   label: str
   color: str
-  points: bool = False
+  marker: str = ""
 
 
 class Panel(NamedTuple):
@@ -42,8 +43,8 @@ PANELS = (
     "success", "Success", "share of completions",
     (
       Curve("reward/success", "training problems", BLUE),
-      Curve("eval/success", "held-out, T=1", ORANGE, points=True),
-      Curve("eval/greedy_success", "held-out, greedy", GREEN, points=True),
+      Curve("eval/success", "held-out, T=1", ORANGE, marker="o"),
+      Curve("eval/greedy_success", "held-out, greedy", GREEN, marker="D"),
     ),
     "Completions that solve their problem. The held-out problems are never trained on.", bounds=(0, 1),
   ),
@@ -64,17 +65,17 @@ PANELS = (
     "How far the updates of one step moved tokens from the policy that sampled them; 1 is not at all.", log=True,
   ),
   Panel(
-    "clip", "Clipped terms", "share of terms",
-    (Curve("clip/low", "lower bound", BLUE), Curve("clip/high", "upper bound", ORANGE)),
-    "Terms whose ratio left the trust region.", bounds=(0, None),
+    "clip", "Clipped terms, floored tokens", "share",
+    (
+      Curve("clip/low", "clipped low", BLUE), Curve("clip/high", "clipped high", ORANGE),
+      Curve("shift/floor_fraction", "gamma at its floor", GREEN),
+    ),
+    "Terms whose ratio left the trust region, tokens whose routing moved beyond the floor of gamma.", bounds=(0, None),
   ),
   Panel(
-    "gamma", "Router-shift weight gamma", "gamma; share of tokens",
-    (
-      Curve("shift/gamma_mean", "mean", BLUE), Curve("shift/gamma_p10", "p10", SKY),
-      Curve("shift/floor_fraction", "share at the floor", ORANGE),
-    ),
-    "Trust in a token after its routing moved; 1 where the router stood still.", bounds=(0, 1),
+    "gamma", "Router-shift weight gamma", "gamma",
+    (Curve("shift/gamma_mean", "mean", BLUE), Curve("shift/gamma_p10", "p10", ORANGE)),
+    "Trust in a token after its routing moved; 1 where the router stood still.", bounds=(None, 1),
   ),
   Panel(
     "drift", "Router drift by layer", "nats", (Curve("shift/layer_drift", "layer", BLUE),),
@@ -90,7 +91,7 @@ PANELS = (
     "How far the updates of one step carry the policy.", bounds=(0, None),
   ),
   Panel(
-    "gradient", "Gradient norm", "global norm before clipping (log)", (Curve("grad/norm", "mean of updates", BLUE),),
+    "gradient", "Gradient norm", "global norm (log)", (Curve("grad/norm", "before clipping, mean of updates", BLUE),),
     "Spikes tell of instability; a fall to nothing, of groups without signal.", log=True,
   ),
   Panel(
@@ -107,12 +108,12 @@ PANELS = (
     "A group whose completions all earn the same teaches nothing.", bounds=(0, 1),
   ),
   Panel(
-    "load", "Expert load", "tokens, busiest over mean", (Curve("router/load_max_over_mean", "mean of layers", BLUE),),
-    "1 is even; the number of experts over those active is the worst.", bounds=(1, None),
+    "load", "Expert load", "tokens over mean tokens", (Curve("router/load_max_over_mean", "busiest expert", BLUE),),
+    "1 is even; experts / active experts is the worst there can be.", bounds=(1, None),
   ),
   Panel(
     "dead", "Experts without a token", "share of experts", (Curve("router/dead_fraction", "all layers", BLUE),),
-    "Experts that got no token of a minibatch.", bounds=(0, None),
+    "Experts that got no token of a minibatch.", bounds=(0, 1),
   ),
   Panel(
     "warm_start", "Warm-start loss", "nats per token", (Curve("loss/warm_start", "cross-entropy", BLUE),),
@@ -164,9 +165,9 @@ def _series(rows: Sequence[Mapping[str, Any]], phase: str, metric: str) -> tuple
 
 
 def _draw_panel(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> bytes | None:
-  figure = Figure(figsize=(4.6, 3.0), dpi=110, layout="constrained")
+  figure = Figure(figsize=(4.6, 3.0), dpi=110)
   FigureCanvasAgg(figure)
-  axes = figure.add_subplot()
+  axes = figure.add_axes((0.155, 0.155, 0.81, 0.66))  # the same place in every picture
   drawn, left_out = 0, 0
   for curve in panel.curves:
     steps, values = _series(rows, panel.phase, curve.metric)
@@ -177,10 +178,11 @@ def _draw_panel(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> bytes | None
       continue
     drawn += 1
     for column, (label, color) in enumerate(_lines(curve, values.shape[1])):
-      _draw_line(axes, steps, values[:, column], label, color, points=curve.points, log=panel.log)
+      _draw_line(axes, steps, values[:, column], label, color, marker=curve.marker, log=panel.log)
   if not drawn:
     return None
-  _dress(axes, panel, left_out)
+  last_step = max(row["step"] for row in rows if row["phase"] == panel.phase)
+  _dress(axes, panel, last_step, left_out)
   file = io.BytesIO()
   figure.savefig(file, format="png", metadata={"Software": None})
   return file.getvalue()
@@ -195,11 +197,11 @@ def _lines(curve: Curve, count: int) -> list[tuple[str, Any]]:
   return [(f"{curve.label} {i + 1}" if i in named else "_", _SHADES(shade)) for i, shade in enumerate(shades)]
 
 
-def _draw_line(axes, steps, values, label, color, *, points: bool, log: bool) -> None:
-  if points:
-    axes.plot(steps, values, "o-", color=color, label=label, linewidth=0.8, markersize=5, zorder=3)
+def _draw_line(axes, steps, values, label, color, *, marker: str, log: bool) -> None:
+  if marker:
+    axes.plot(steps, values, marker=marker, color=color, label=label, linewidth=0.8, markersize=5, zorder=3)
     return
-  width = max(1, len(steps) // 15)
+  width = max(1, len(steps) // 10)
   if width < 3:
     axes.plot(steps, values, color=color, label=label, linewidth=1.5, marker="o" if len(steps) < 3 else None)
     return
@@ -208,32 +210,44 @@ def _draw_line(axes, steps, values, label, color, *, points: bool, log: bool) ->
   axes.plot(steps, line, color=color, label=label, linewidth=1.8)
 
 
-def _dress(axes, panel: Panel, left_out: int) -> None:
-  axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+def _dress(axes, panel: Panel, last_step: int, left_out: int) -> None:
+  axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", pad=20)
+  axes.legend(
+    loc="lower left", bbox_to_anchor=(-0.015, 0.99), ncols=9, fontsize=8, frameon=False, borderpad=0.1,
+    handlelength=1.1, handletextpad=0.4, columnspacing=1.0,
+  )  # fmt: skip
   axes.set_xlabel("warm-start step" if panel.phase == "warm_start" else "RL step", fontsize=9)
   axes.set_ylabel(panel.unit, fontsize=9)
-  axes.tick_params(labelsize=8, colors=_GREY)
+  axes.tick_params(labelsize=8, labelcolor=_GREY, color="#BBBBBB")
   axes.spines[["top", "right"]].set_visible(False)
   axes.spines[["left", "bottom"]].set_color("#BBBBBB")
   axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
   axes.set_axisbelow(True)
+  # The same range for every panel of a phase, so that the eye can go down a column.
+  axes.set_xlim(-0.02 * max(last_step, 1), 1.02 * max(last_step, 1))
   axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
   if panel.log:
     axes.set_yscale("log")
-  else:
-    axes.yaxis.set_major_formatter(ticker.EngFormatter() if panel.name == "speed" else ticker.ScalarFormatter())
     low, high = axes.get_ylim()
-    wanted_low, wanted_high = panel.bounds
-    margin = 0.02
-    axes.set_ylim(
-      low if wanted_low is None else min(low, wanted_low - margin * (high - wanted_low)),
-      high if wanted_high is None else max(high, wanted_high + margin),
-    )
-  handles, _ = axes.get_legend_handles_labels()
-  if handles:
-    axes.legend(fontsize=8, frameon=False, loc="best", handlelength=1.2, labelspacing=0.3)
+    wide = high / low > 10
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1,) if high / low > 1e4 else (1, 2, 5) if wide else _FINE))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+  else:
+    _set_bounds(axes, *panel.bounds)
+  axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{round(y, 12) + 0.0:,.10g}"))
   if left_out:
     axes.annotate(
-      f"{left_out} values not drawn (not finite{' or not positive' if panel.log else ''})",
-      (1, 1), xycoords="axes fraction", ha="right", va="bottom", fontsize=7, color=ORANGE,
+      f"{left_out} values left out: not finite{' or not positive' if panel.log else ''}",
+      (1, 0), xytext=(0, 3), xycoords="axes fraction", textcoords="offset points",
+      ha="right", va="bottom", fontsize=7, color=ORANGE,
     )  # fmt: skip
+
+
+def _set_bounds(axes, wanted_low: float | None, wanted_high: float | None) -> None:
+  low, high = axes.dataLim.intervaly
+  low = low if wanted_low is None else min(low, wanted_low)
+  high = high if wanted_high is None else max(high, wanted_high)
+  if high - low < 1e-9 * max(abs(low), abs(high), 1e-3):  # a constant: leave it room
+    low, high = (low, low + 1) if wanted_low is not None else (low - 0.5, high + (wanted_high is None) * 0.5)
+  margin = 0.04 * (high - low)
+  axes.set_ylim(low - margin, high + margin)

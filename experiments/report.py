@@ -19,7 +19,7 @@ import jax
 import jinja2
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments import plots
 from experiments.config import ExperimentConfig, read_config
@@ -88,7 +88,7 @@ def summarize(
     "seed": config.seed,
     "before": before,
     "after": after,
-    "gain": None if None in (before, after) else _difference(after["success"], before["success"]),
+    "gain": _gain(before, after),
     "held_out": {
       "distinct_problems": len(prompts) or wanted,
       "samples_per_problem": config.evaluation.samples,
@@ -168,8 +168,9 @@ def _finite(value: Any) -> float | None:
   return value if value is not None and math.isfinite(value) else None
 
 
-def _difference(a: float | None, b: float | None) -> float | None:
-  return None if a is None or b is None else a - b
+def _gain(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> float | None:
+  known = before and after and before["success"] is not None and after["success"] is not None
+  return after["success"] - before["success"] if known else None
 
 
 def _evaluation(row: Mapping[str, Any] | None, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -207,10 +208,16 @@ def _before_after(summary: Mapping[str, Any]) -> list[dict[str, str]]:
       "name": name,
       "before": text(before.get(key), ".3f"),
       "after": text(after.get(key), ".3f"),
-      "change": text(_difference(after.get(key), before.get(key)), "+.3f"),
+      "change": _change(before.get(key), after.get(key)),
     }
     for key, _, name in _MEASURES
   ]
+
+
+def _change(before: float | None, after: float | None) -> str:
+  if before is None or after is None:
+    return "-"
+  return f"{after - before:+.3f}" + (f" ({after / before:.1f}x)" if before > 0 else "")
 
 
 def _warm_start_note(warm_start: Mapping[str, Any]) -> str:
@@ -220,8 +227,8 @@ def _warm_start_note(warm_start: Mapping[str, Any]) -> str:
   if not warm_start["wrong_fraction"]:
     return note
   return (
-    f"{note} {warm_start['wrong_fraction']:.0%} of them were deliberately wrong (well-formed, wrong result), "
-    "so that RL has something to repair."
+    f"{note} With probability {warm_start['wrong_fraction']:.0%} a demonstration was deliberately wrong (well-formed, "
+    "wrong result), so that RL has something to repair."
   )
 
 
@@ -277,4 +284,5 @@ def _rebuild(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+  logging.set_verbosity(logging.WARNING)
   app.run(_rebuild)
