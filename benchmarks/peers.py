@@ -1,0 +1,227 @@
+"""The same work done by transformers on torch, in every setting that could be its fastest (extra: [parity]).
+
+`python -m benchmarks.peers` times all of them, one subprocess each, and prints which is the fastest.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from benchmarks.sizes import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, ROW_TOKENS, ROWS, TINY
+from benchmarks.timing import Run, Timing
+from benchmarks.workers import Case, Worker
+
+
+def _model(experts: str, attention: str, threads: int) -> Any:
+  import torch
+  from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+  torch.set_num_threads(threads)
+  torch.manual_seed(0)
+  config = Qwen3MoeConfig(**TINY, attn_implementation=attention, experts_implementation=experts)
+  model = Qwen3MoeForCausalLM(config)
+  # Without a stop token nothing can end early, so no time goes into checking for one.
+  model.generation_config.eos_token_id = None
+  model.generation_config.pad_token_id = 0
+  return model
+
+
+def sampling(
+  experts: str = "grouped_mm",
+  attention: str = "sdpa",
+  cache: str = "dynamic",
+  compiled: bool = False,
+  threads: int = 2,
+) -> Case:
+  """64 prompts of 32 tokens, 64 new tokens each, temperature 1, no truncation, `generate` with a KV cache.
+
+  Args:
+    experts: "eager", "grouped_mm" or "batched_mm", transformers' ways to run the experts.
+    attention: "sdpa" or "eager". cache: "dynamic" or "static". compiled: torch.compile the forward (needs a static
+      cache to keep its shapes). threads: torch's intra-op threads.
+  """
+  import torch
+
+  model = _model(experts, attention, threads).eval()
+  tokens = torch.randint(0, TINY["vocab_size"], (PROMPTS, PROMPT_TOKENS))
+  valid = torch.ones_like(tokens)
+  if compiled:
+    model.forward = torch.compile(model.forward, dynamic=None)
+
+  def call() -> Any:
+    with torch.inference_mode():
+      return model.generate(
+        tokens,
+        attention_mask=valid,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=NEW_TOKENS,
+        cache_implementation=cache,
+        use_cache=True,
+      )
+
+  drawn = call()
+  if drawn.shape != (PROMPTS, PROMPT_TOKENS + NEW_TOKENS):
+    raise RuntimeError(f"generate returned {tuple(drawn.shape)}; it must draw all {NEW_TOKENS} tokens of every row.")
+  return Case(call, PROMPTS * NEW_TOKENS, {})
+
+
+def _token_log_prob(model: Any, tokens: Any, valid: Any) -> Any:
+  """[B, T-1] log-probabilities of tokens[:, 1:], without holding a second [B, T, V]."""
+  import torch
+
+  logits = model(tokens, attention_mask=valid, use_cache=False).logits[:, :-1]
+  chosen = logits.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+  return chosen - torch.logsumexp(logits, dim=-1)
+
+
+def train_step(experts: str = "grouped_mm", attention: str = "sdpa", compiled: bool = False, threads: int = 2) -> Case:
+  """Forward, token log-probs, clipped GRPO loss, backward, global-norm clip and AdamW on 64 rows of 96 tokens."""
+  import torch
+
+  model = _model(experts, attention, threads).train()
+  tokens = torch.randint(0, TINY["vocab_size"], (ROWS, ROW_TOKENS))
+  valid = torch.ones_like(tokens)
+  actions = torch.zeros(ROWS, ROW_TOKENS - 1)
+  actions[:, PROMPT_TOKENS - 1 :] = 1
+  advantage = torch.randn(ROWS, 1)
+  # Settings users would choose on a CPU: one fused kernel instead of a Python loop over parameters.
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+  log_prob = torch.compile(_token_log_prob) if compiled else _token_log_prob
+  with torch.no_grad():
+    old = _token_log_prob(model, tokens, valid)
+
+  def call() -> Any:
+    ratio = torch.exp(log_prob(model, tokens, valid) - old)
+    term = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    loss = -(term * actions).sum() / actions.sum()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+  return Case(call, ROWS * ROW_TOKENS, {})
+
+
+def scoring(experts: str = "grouped_mm", attention: str = "sdpa", compiled: bool = False, threads: int = 2) -> Case:
+  """Log-probabilities of 64 rows of 96 tokens without gradient."""
+  import torch
+
+  model = _model(experts, attention, threads).eval()
+  tokens = torch.randint(0, TINY["vocab_size"], (ROWS, ROW_TOKENS))
+  valid = torch.ones_like(tokens)
+  log_prob = torch.compile(_token_log_prob) if compiled else _token_log_prob
+
+  def call() -> Any:
+    with torch.inference_mode():
+      return log_prob(model, tokens, valid)
+
+  return Case(call, ROWS * ROW_TOKENS, {})
+
+
+CASES: dict[str, Callable[..., Case]] = {"sampling": sampling, "train_step": train_step, "scoring": scoring}
+EXPERTS = ("eager", "grouped_mm", "batched_mm")
+
+
+def all_settings(case: str) -> list[dict[str, Any]]:
+  """Every setting there is for a case: minutes to try, batched_mm a hundred times slower than the rest."""
+  caches = ("dynamic", "static") if case == "sampling" else (None,)
+  return [
+    {
+      "experts": experts,
+      "attention": attention,
+      "threads": threads,
+      "compiled": compiled,
+      **({"cache": cache} if cache else {}),
+    }
+    for threads in (2, 1)
+    for attention in ("sdpa", "eager")
+    for compiled in (False, True)
+    for cache in caches
+    for experts in EXPERTS
+    if cache != "dynamic" or not compiled  # every step of a growing cache would compile again
+  ]
+
+
+def likely_settings(case: str) -> list[dict[str, Any]]:
+  """The settings that were within reach of the fastest when all were tried (BENCHMARKS.md)."""
+  if case == "sampling":
+    return [
+      {"experts": "grouped_mm", "attention": "sdpa", "cache": "dynamic"},
+      {"experts": "grouped_mm", "attention": "sdpa", "cache": "static"},
+      {"experts": "grouped_mm", "attention": "eager", "cache": "dynamic"},
+      {"experts": "eager", "attention": "sdpa", "cache": "dynamic"},
+    ]
+  return [
+    {"experts": experts, "attention": attention}
+    for experts in ("eager", "grouped_mm")
+    for attention in ("sdpa", "eager")
+  ]
+
+
+def start(case: str, setting: Mapping[str, Any]) -> Worker:
+  """A worker that holds `case` in this setting, warm."""
+  threads = str(setting.get("threads", 2))
+  return Worker(f"benchmarks.peers:{case}", setting, env={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})
+
+
+def name_of(setting: Mapping[str, Any]) -> str:
+  return ", ".join(f"{key} {value}" for key, value in setting.items())
+
+
+def trial(
+  case: str, settings: Iterable[Mapping[str, Any]], *, warmup: int = 2, repeats: int = 5, log: Any = sys.stderr
+) -> dict[str, Any]:
+  """Times settings of a case by turns, prints each, and returns the one whose fastest repeat is the fastest.
+
+  The fastest repeat, because a setting must not lose for having met other work on the machine.
+  """
+  workers: dict[str, tuple[Worker, dict[str, Any]]] = {}
+  runs: dict[str, list[Run]] = {}
+  with contextlib.ExitStack() as stack:
+    for setting in map(dict, settings):
+      try:
+        worker = stack.enter_context(start(case, setting))
+        for _ in range(warmup):
+          worker()
+      except RuntimeError as error:
+        print(f"{case}: transformers with {name_of(setting)} does not run here: {error}", file=log, flush=True)
+        continue
+      workers[name_of(setting)] = worker, setting
+      runs[name_of(setting)] = []
+    if not workers:
+      raise RuntimeError(f"transformers ran {case} in none of its settings; see the tracebacks above.")
+    for _ in range(repeats):
+      for name, (worker, _) in workers.items():
+        time.sleep(0.2)
+        runs[name].append(worker())
+  for name, (worker, _) in workers.items():
+    timing = Timing(tuple(runs[name]))
+    line = f"{case}: transformers with {name}: {timing.rate(worker.tokens)}, {timing.median('cpu'):.2f} CPU seconds"
+    print(line, file=log, flush=True)
+  fastest = min(workers, key=lambda name: min(run.wall for run in runs[name]))
+  return workers[fastest][1]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description="Times every setting of transformers, a few at a time.")
+  parser.add_argument("--only", default=",".join(CASES), help=f"comma-separated: {','.join(CASES)}")
+  parser.add_argument("--repeats", type=int, default=5)
+  options = parser.parse_args()
+  for case in options.only.split(","):
+    best = [trial(case, group, repeats=options.repeats, log=sys.stdout) for group in batched(all_settings(case), 3)]
+    print(f"{case}: fastest: {name_of(trial(case, best, repeats=options.repeats, log=sys.stdout))}", flush=True)
+
+
+def batched(items: list[Any], size: int) -> list[list[Any]]:
+  return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,111 @@
+"""Subprocesses that hold one thing to be timed, ready and warm, and run it once each time they are told to.
+
+Why processes: torch and JAX each keep a thread pool per core. In one process they also share an allocator, an OpenMP
+runtime and the interpreter lock, and whichever was imported first changes the other's figures; BENCHMARKS.md has the
+measured difference. As two processes that take turns each has the machine to itself, exactly as its user would.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from benchmarks.timing import Run, clocked, peak_memory
+
+
+class Case(NamedTuple):
+  """One thing to time. call: does the whole work once. tokens: how many tokens that is. facts: for the report."""
+
+  call: Callable[[], Any]
+  tokens: int
+  facts: dict[str, Any]
+
+
+class Worker:
+  """A running subprocess with one `Case`. Calling it runs the case once and returns the child's own `Run`.
+
+  Attributes:
+    tokens: tokens per call. facts: what the case said about itself.
+  """
+
+  def __init__(self, target: str, settings: Mapping[str, Any], env: Mapping[str, str] | None = None):
+    """Starts `target` ("module:function", a function of keyword arguments that returns a `Case`,
+    or for `report` a dict) and waits for it.
+
+    Raises:
+      RuntimeError: the child ended before it was ready; its own traceback is on stderr.
+    """
+    self._name = f"{target} {json.dumps(settings)}"
+    command = [sys.executable, "-m", "benchmarks.workers", target, json.dumps(dict(settings))]
+    self._child = subprocess.Popen(
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
+    )
+    ready = self._answer()
+    self.tokens: int = ready["tokens"]
+    self.facts: dict[str, Any] = ready["facts"]
+
+  def _answer(self) -> dict[str, Any]:
+    line = self._child.stdout.readline()
+    if not line:
+      raise RuntimeError(f"the benchmark worker {self._name} ended with status {self._child.wait()}.")
+    return json.loads(line)
+
+  def _ask(self, what: str) -> dict[str, Any]:
+    self._child.stdin.write(what + "\n")
+    self._child.stdin.flush()
+    return self._answer()
+
+  def __call__(self) -> Run:
+    return Run(**self._ask("run"))
+
+  def peak_memory(self) -> float:
+    """MiB: the child's largest resident size so far."""
+    return self._ask("memory")["mib"]
+
+  def close(self) -> None:
+    self._child.stdin.close()
+    self._child.wait()
+    self._child.stdout.close()
+
+  def __enter__(self) -> "Worker":
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    self.close()
+
+
+def report(target: str, settings: Mapping[str, Any], env: Mapping[str, str] | None = None) -> dict[str, Any]:
+  """What a function that returns a plain dict found out, in a fresh process of its own.
+
+  Raises:
+    RuntimeError: the child failed; its own traceback is on stderr.
+  """
+  with Worker(target, settings, env) as worker:
+    return worker.facts
+
+
+def _serve(target: str, settings: str) -> None:
+  # Libraries print to stdout as they please: keep the real one for answers and send the rest to stderr.
+  answers = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)
+
+  def answer(message: dict[str, Any]) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
+
+  module, function = target.split(":")
+  case = getattr(importlib.import_module(module), function)(**json.loads(settings))
+  if isinstance(case, dict):
+    answer({"tokens": 0, "facts": case})
+    return
+  run = clocked(case.call)
+  answer({"tokens": case.tokens, "facts": case.facts})
+  for line in sys.stdin:
+    answer({"mib": peak_memory()} if line.strip() == "memory" else run()._asdict())
+
+
+if __name__ == "__main__":
+  _serve(*sys.argv[1:])
