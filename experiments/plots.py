@@ -234,7 +234,9 @@ def _dress(axes, panel: Panel, last_step: int, left_out: int) -> None:
     axes.yaxis.set_minor_locator(ticker.NullLocator())
   else:
     _set_bounds(axes, *panel.bounds)
-  axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{round(y, 12) + 0.0:,.10g}"))
+  low, high = axes.get_ylim()
+  zero = 0.0 if panel.log else 1e-9 * (high - low)  # a tick at 0 may come as 1e-17
+  axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{0.0 if abs(y) < zero else y:,.10g}"))
   if left_out:
     axes.annotate(
       f"{left_out} values left out: not finite{' or not positive' if panel.log else ''}",

@@ -275,7 +275,8 @@ def _rebuild(argv: Sequence[str]) -> None:
     seconds = Counter()
     for row in _read_rows(workdir):
       seconds[row["phase"]] += row.get("seconds/step", 0.0)
-    summary = summarize(workdir, config, seconds, len(_read_answers(workdir, "before")))
+    # The devices of this process say nothing about those of the run.
+    summary = summarize(workdir, config, seconds, len(_read_answers(workdir, "before"))) | {"device": None}
   else:
     raise app.UsageError(f"{workdir} has neither summary.json nor config.json; want the workdir of a run.")
   write_report(workdir, summary)

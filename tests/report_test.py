@@ -278,6 +278,15 @@ def test_values_that_are_not_finite_are_left_out_and_the_rest_is_drawn():
   assert {name for name in drawn if drawn[name] != clean[name]} == {"ratio", "reward", "drift"}
 
 
+def test_value_that_a_log_axis_cannot_show_counts_as_left_out():
+  def picture(bad):
+    rows = [{"phase": "rl", "step": step, "ratio/max": bad if step == 4 else 2.0 + step} for step in range(1, 9)]
+    return plots.draw(rows)["ratio"]
+
+  assert picture(0.0) == picture(-1.0) == picture(math.nan)
+  assert picture(0.0) != picture(6.0)
+
+
 def test_metrics_a_run_did_not_measure_are_named_not_drawn(tmp_path):
   rows = [{k: v for k, v in rl_row(step).items() if not k.startswith("shift/")} for step in range(1, 21)]
   html = html_of(make_run(tmp_path, rl_rows=rows))
