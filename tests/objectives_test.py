@@ -213,11 +213,12 @@ def compiled(name, placement, eps_low, eps_high):
 @settings(max_examples=100, deadline=None)
 def test_objectives_equal_the_printed_formulas(name, placement, tokens, advantage, shift, epsilon):
   q, mask = padded(tokens)
+  shifts = shift * np.linspace(0, 1, q.size).reshape(q.shape)
   with jax.enable_x64(True):
     run = compiled(name, placement, epsilon, epsilon)
-    got = run(q, np.asarray([advantage]), mask, np.full(q.shape, shift)).objective
+    got = run(q, np.asarray([advantage]), mask, shifts).objective
   assert got.dtype == np.float64
-  want = printed(name, q[mask], advantage, np.full(len(tokens), shift), placement, epsilon, epsilon)
+  want = printed(name, q[mask], advantage, shifts[mask], placement, epsilon, epsilon)
   np.testing.assert_allclose(np.asarray(got)[mask], want, rtol=1e-9, atol=1e-12)
 
 
@@ -417,6 +418,11 @@ def test_far_log_ratios_and_bfloat16_stay_finite_in_float32(way, objective, plac
     assert gradient.dtype == dtype
     assert np.isfinite(value)
     assert np.isfinite(np.asarray(gradient, np.float32)).all()
+  rounded = [jnp.asarray(x, dtype) for x in (case(seed=11)[0], advantage)]
+  run = way(functools.partial(objective, log_shift=log_shift, placement=placement))
+  for one, other in zip(run(*rounded, mask), run(*(x.astype(jnp.float32) for x in rounded), mask), strict=True):
+    assert one.dtype == other.dtype
+    np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_policy_loss_composes_objective_and_mean_and_leaves_the_old_policy_alone():
