@@ -19,15 +19,21 @@ def start(runtime: RuntimeConfig) -> None:
   """
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   jax.config.update("jax_num_cpu_devices", runtime.cpu_devices or cores)
-  if runtime.compilation_cache:
-    folder = runtime.compilation_cache
-    if folder == "default":
-      folder = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rspo_jax" / "xla")
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  start_cache(runtime)
   if runtime.distributed:
     jax.distributed.initialize()
+
+
+def start_cache(runtime: RuntimeConfig) -> None:
+  """Keeps compiled programs in a folder, so that the next start compiles nothing."""
+  if not runtime.compilation_cache:
+    return
+  folder = runtime.compilation_cache
+  if folder == "default":
+    folder = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rspo_jax" / "xla")
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 class Preemption:

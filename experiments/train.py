@@ -76,12 +76,12 @@ class Run:
     for number in range(done, total):
       start = time.perf_counter()
       self.state, metrics = step(self.state, number)
+      self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
       finished = number + 1
       evaluated = {}
       if evaluate_every and finished % evaluate_every == 0 and finished < total:
         evaluated = self.evaluate()[0]
       values = self.writer.write(name, finished, metrics | evaluated | peak_memory())
-      self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
       self.progress.update(finished, values)
       stop = self.preemption.requested(finished)
       if finished < total and (stop or evaluated or finished % self.config.checkpoint.every == 0):
@@ -155,7 +155,8 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
   finally:
     run.close()
   summary = report.summarize(workdir, config, run.seconds, len(parts.splits["test"].examples))
-  dump_json_atomic(workdir / "summary.json", summary)
+  if jax.process_index() == 0:
+    dump_json_atomic(workdir / "summary.json", summary)
   report.write_report(workdir, summary)
   return summary
 
@@ -178,12 +179,24 @@ def main(argv):
     sys.exit(f"error: {error}")
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+  """absl's parser, with ml_collections' bare exceptions turned into one line that names the flag."""
+  try:
+    rest = app.parse_flags_with_usage(argv)
+    _ = flags.FLAGS.config  # a file that cannot be loaded raises here
+    return rest
+  except (AttributeError, KeyError, TypeError, OSError) as error:
+    given = [arg for arg in argv if arg.startswith(("--config", "-config"))]
+    reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split()).strip("\"'")
+    sys.exit(f"error: no such setting or file in {' '.join(given)} ({reason})")
+
+
 def run_app() -> None:
   config_flags.DEFINE_config_file("config", None, "Config file; its fields are flags: --config.rl.steps=10.")
   flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report. The same folder continues a run.")
   flags.mark_flags_as_required(["config", "workdir"])
   logging.set_verbosity(logging.WARNING)
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

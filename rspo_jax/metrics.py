@@ -48,7 +48,7 @@ METRICS: dict[str, str] = {
   "shift/drift": "Mean router drift (absolute change of the old experts' router log-probs), nats.",
   "shift/layer_drift": "Router drift of each mixture-of-experts layer, first to last, nats.",
   "router/overlap": "Mean share of the old top-k experts that are in the new top-k, 0 to 1.",
-  "router/load_max_over_mean": "Tokens of the busiest expert over the mean, worst layer; 1 is even.",
+  "router/load_max_over_mean": "Tokens of the busiest expert over the mean, averaged over layers; 1 is even.",
   "router/dead_fraction": "Share of the experts that got no token, over all layers, 0 to 1.",
   "loss/objective": "The policy objective that is being maximised.",
   "loss/warm_start": "Supervised cross-entropy of the warm start, mean over target tokens, nats.",

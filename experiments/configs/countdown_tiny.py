@@ -22,7 +22,7 @@ def get_config():
     ExperimentConfig(
       seed=0,
       model=TransformerConfig(
-        vocab_size=32,
+        vocab_size=20,
         hidden_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,

@@ -1,0 +1,103 @@
+import dataclasses
+
+import jax
+import pytest
+
+from experiments import runtime
+from experiments.config import check_divides, config_dict, read_config
+from experiments.configs import countdown_tiny
+from experiments.wiring import build, make_optimizer, update_options
+from rspo_jax import objectives
+
+
+def changed(**dotted):
+  """The tiny config with some keys set; '__' stands for the dot."""
+  given = countdown_tiny.get_config()
+  with given.unlocked(), given.ignore_type():
+    for key, value in dotted.items():
+      *groups, last = key.split("__")
+      node = given
+      for group in groups:
+        node = node[group]
+      node[last] = value
+  return given
+
+
+def test_a_config_survives_the_way_through_ml_collections():
+  config = read_config(countdown_tiny.get_config())
+  assert read_config(config_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("rl__step", 3, "config.rl.step is unknown; did you mean config.rl.steps?"),
+    ("model__hiden_size", 8, "did you mean config.model.hidden_size?"),
+    ("rl__steps", "ten", "config.rl.steps is 'ten' .str.; want int"),
+    ("rl__steps", True, "want int"),
+    ("objective__router_shift", 1, "want bool"),
+    ("rl", 3, "config.rl is 3; want a group"),
+    ("objective__name", "ppo", "want one of gmpo, grpo, gspo"),
+    ("data__name", "countup", "config.data.name is 'countup'; want one of countdown"),
+    ("rl__samples_per_prompt", 1, "config.rl.samples_per_prompt is 1; want 2 or more"),
+    ("rl__minibatches", 7, "does not divide into 7 minibatches"),
+    ("model__num_experts_per_tok", 99, "want 1 to num_experts"),
+    ("objective__shift_floor", 1.5, "in .0, 1"),
+  ],
+)
+def test_mistakes_are_told_with_their_key_and_a_cure(key, value, message):
+  with pytest.raises(ValueError, match=message):
+    update_options(read_config(changed(**{key: value})))
+
+
+def test_missing_keys_are_named():
+  given = countdown_tiny.get_config()
+  with given.unlocked(), given.ignore_type():
+    del given.model["hidden_size"]
+  with pytest.raises(ValueError, match="config.model lacks hidden_size"):
+    read_config(given)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "named"),
+  [
+    ("rl__prompts", 12, "config.rl.prompts"),
+    ("warm_start__batch_size", 12, "config.warm_start.batch_size"),
+    ("evaluation__batch_problems", 12, "config.evaluation.batch_problems"),
+  ],
+)
+def test_batches_that_do_not_divide_over_the_mesh_are_told_before_compiling(key, value, named):
+  config = read_config(changed(**{key: value}))
+  with pytest.raises(ValueError, match=f"{named}.* 8 batch shards"):
+    check_divides(config, 8)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="config.model.vocab_size is 8 but the tokenizer has 20"):
+    build(read_config(changed(model__vocab_size=8, data__data_dir=str(tmp_path))))
+
+
+def test_objective_settings_reach_the_update():
+  options = update_options(read_config(changed(objective__name="grpo", objective__eps_low=0.1)))
+  assert options.objective.func is objectives.grpo and options.objective.keywords["eps_low"] == 0.1
+  assert options.shift_floor == 0.8
+  assert update_options(read_config(changed(objective__router_shift=False))).shift_floor is None
+
+
+def test_the_schedule_warms_up_and_ends_at_its_final_fraction():
+  config = dataclasses.replace(
+    read_config(countdown_tiny.get_config()).rl.optimizer, learning_rate=1.0, warmup_steps=10, final_fraction=0.1
+  )
+  _, schedule = make_optimizer(config, 100)
+  assert 0 < schedule(0) < schedule(5) < schedule(10) == 1.0
+  assert schedule(100) == pytest.approx(0.1)
+
+
+def test_the_compilation_cache_is_on_by_default_in_the_users_cache_folder(monkeypatch, tmp_path):
+  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  try:
+    runtime.start_cache(read_config(countdown_tiny.get_config()).runtime)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "rspo_jax" / "xla")
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)

@@ -1,0 +1,173 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from models.policy import build_policy
+from rspo_jax import mesh
+from rspo_jax.sampling import SamplingOptions, sample, truncated_log_prob
+from rspo_jax.scoring import score
+
+SETTINGS = [
+  {},
+  {"temperature": 0.7},
+  {"top_k": 5},
+  {"top_p": 0.6},
+  {"temperature": 1.5, "top_k": 9, "top_p": 0.8},
+  {"temperature": 0.0},
+]
+
+
+def draw(policy, params, options, rows=8, seed=0, first_row=0, prompts=None):
+  tokens, valid = prompts or tiny.prompts(rows)
+  run = jax.jit(functools.partial(sample, policy, options=options))
+  return run(params, tokens, valid, jax.random.key(seed), first_row=first_row)
+
+
+def forward_logits(policy, params, tokens, valid):
+  hidden, _ = policy.forward(params, tokens, valid)
+  return policy.unembed(params, hidden)
+
+
+def reference_truncation(logits, temperature=1.0, top_k=0, top_p=1.0):
+  """One row, in float64, by sorting: the definition."""
+  if temperature == 0:
+    return np.where(np.arange(len(logits)) == np.argmax(logits), 0.0, -np.inf)
+  p = np.exp(np.asarray(logits, np.float64) / temperature)
+  order = np.argsort(-p)
+  if top_k:
+    p[order[top_k:]] = 0
+  p /= p.sum()
+  reached = np.cumsum(p[order])
+  keep = order[: np.searchsorted(reached, top_p) + 1] if top_p < 1 else order
+  q = np.zeros_like(p)
+  q[keep] = p[keep]
+  with np.errstate(divide="ignore"):
+    return np.log(q / q.sum())
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_truncated_distribution_is_the_one_defined(settings):
+  logits = np.random.default_rng(0).normal(size=(20, 24)).astype(np.float32) * 2
+  options = SamplingOptions(1, **settings)
+  got = jax.jit(functools.partial(truncated_log_prob, options=options))(logits)
+  want = np.stack([reference_truncation(row, **settings) for row in logits])
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_recorded_log_probs_are_those_of_the_training_forward(settings):
+  policy, params = tiny.policy_and_params()
+  options = SamplingOptions(7, 2, stop_ids=(0, 1), **settings)
+  drawn = draw(policy, params, options, rows=6)
+  logits = forward_logits(policy, params, drawn.tokens, drawn.valid)[:, :-1]
+  chosen = drawn.tokens[:, 1:, None]
+  raw = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen, -1)[..., 0]
+  from_truncated = jnp.take_along_axis(truncated_log_prob(logits, options), chosen, -1)[..., 0]
+  mask = np.asarray(drawn.action_mask[:, 1:])
+  assert mask.sum() > 20
+  np.testing.assert_allclose(drawn.log_prob[:, 1:][mask], raw[mask], atol=1e-5)
+  np.testing.assert_allclose(drawn.sampler_log_prob[:, 1:][mask], from_truncated[mask], atol=1e-5)
+  scored = score(policy, params, drawn.tokens, drawn.valid)
+  np.testing.assert_allclose(scored.log_prob[:, 1:][mask], raw[mask], atol=1e-5)
+  np.testing.assert_array_equal(np.asarray(drawn.log_prob)[~np.asarray(drawn.action_mask)], 0)
+
+
+def test_greedy_equals_brute_force_without_a_cache():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts(6)
+  drawn = draw(policy, params, SamplingOptions(6, temperature=0.0), prompts=(tokens, valid))
+  forward = jax.jit(functools.partial(forward_logits, policy))
+  for _ in range(6):
+    following = jnp.argmax(forward(params, tokens, valid)[:, -1], axis=-1).astype(jnp.int32)
+    tokens = jnp.concatenate([tokens, following[:, None]], axis=1)
+    valid = jnp.concatenate([valid, jnp.ones_like(valid[:, :1])], axis=1)
+  np.testing.assert_array_equal(drawn.tokens, tokens)
+  np.testing.assert_array_equal(drawn.valid, valid)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 8, "top_p": 0.9}], ids=str)
+def test_sampled_frequencies_are_the_models_distribution(settings):
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts(1)
+  count = 20_000
+  options = SamplingOptions(1, count, **settings)
+  drawn = np.asarray(draw(policy, params, options, prompts=(tokens, valid)).tokens[:, -1])
+  logits = forward_logits(policy, params, tokens, valid)[0, -1]
+  p = np.exp(truncated_log_prob(logits, options))
+  observed = np.bincount(drawn, minlength=len(p))
+  assert observed[p == 0].sum() == 0
+  often = p * count > 5
+  chi_square = (((observed - p * count) ** 2)[often] / (p * count)[often]).sum()
+  degrees = often.sum() - 1
+  assert chi_square < degrees + 5 * np.sqrt(2 * degrees), (chi_square, degrees)
+
+
+def test_draws_do_not_depend_on_the_batch_they_are_made_in():
+  policy, params = tiny.policy_and_params()
+  options = SamplingOptions(6, 3, stop_ids=(0, 1, 2))
+  tokens, valid = tiny.prompts(8)
+  whole = draw(policy, params, options, prompts=(tokens, valid))
+  part = draw(policy, params, options, prompts=(tokens[6:], valid[6:]), first_row=18)
+  np.testing.assert_array_equal(part.tokens, whole.tokens[18:])
+  assert not np.array_equal(part.tokens, draw(policy, params, options, prompts=(tokens[6:], valid[6:])).tokens)
+
+
+@pytest.mark.parametrize("shape", [{"data": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
+def test_draws_do_not_depend_on_the_sharding(shape):
+  policy, params = tiny.policy_and_params()
+  options = SamplingOptions(6, 2, stop_ids=(0, 1))
+  alone = draw(policy, params, options)
+  layout = mesh.make_layout(shape)
+  sharded = build_policy(tiny.CONFIG, layout)
+  placed = jax.device_put(params, mesh.param_shardings(sharded, layout))
+  spread = draw(sharded, placed, options, prompts=mesh.put_batch(tiny.prompts(8), layout))
+  np.testing.assert_array_equal(spread.tokens, alone.tokens)
+  np.testing.assert_allclose(spread.log_prob, alone.log_prob, atol=1e-5)
+
+
+def test_samples_of_a_prompt_follow_one_another_and_differ():
+  policy, params = tiny.policy_and_params()
+  drawn = draw(policy, params, SamplingOptions(8, 4), rows=3)
+  tokens, valid = tiny.prompts(3)
+  np.testing.assert_array_equal(drawn.tokens[:, :5], jnp.repeat(tokens, 4, axis=0))
+  np.testing.assert_array_equal(drawn.valid[:, :5], jnp.repeat(valid, 4, axis=0))
+  assert len({tuple(row) for row in np.asarray(drawn.tokens[:4, 5:]).tolist()}) > 1
+
+
+def test_completions_end_with_their_stop_token_and_masks_follow_the_lengths():
+  policy, params = tiny.policy_and_params()
+  drawn = draw(policy, params, SamplingOptions(10, 4, stop_ids=(0, 1, 2, 3)), rows=8)
+  completions, mask = np.asarray(drawn.tokens[:, 5:]), np.asarray(drawn.action_mask[:, 5:])
+  lengths = mask.sum(axis=1)
+  np.testing.assert_array_equal(mask, np.arange(10) < lengths[:, None])
+  np.testing.assert_array_equal(drawn.action_mask[:, :5], False)
+  np.testing.assert_array_equal(drawn.valid[:, 5:], mask)
+  stops = np.isin(completions, (0, 1, 2, 3)) & mask
+  for row, finished in enumerate(np.asarray(drawn.finished)):
+    assert finished == stops[row].any()
+    assert finished or lengths[row] == 10
+    assert not finished or stops[row].nonzero()[0].tolist() == [lengths[row] - 1]
+  assert drawn.finished.any() and not drawn.finished.all()
+
+
+def test_wider_left_padding_changes_no_draw():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts(6)
+  options = SamplingOptions(6, 2)
+  wider = (jnp.pad(tokens, [(0, 0), (4, 0)]), jnp.pad(valid, [(0, 0), (4, 0)]))
+  narrow = draw(policy, params, options, prompts=(tokens, valid))
+  wide = draw(policy, params, options, prompts=wider)
+  np.testing.assert_array_equal(wide.tokens[:, 4:], narrow.tokens)
+  np.testing.assert_allclose(wide.log_prob[:, 4:], narrow.log_prob, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"samples_per_prompt": 0}], ids=str
+)
+def test_impossible_options_are_refused(wrong):
+  with pytest.raises(ValueError, match="want|start at"):
+    SamplingOptions(**{"max_new_tokens": 4} | wrong)
