@@ -3,7 +3,8 @@
 Token-expert pairs are put in order of expert. Each expert's stretch of that order is walked in blocks of a fixed
 number of rows, so an expert's weights are read once, nothing is padded in memory, and the work is what the tokens
 ask for. How many blocks an expert needs is known only when the tokens are: hence loops with a dynamic bound and a
-hand-written gradient, which computes the hidden activations again (keeping them cost more than it saved).
+hand-written gradient. It computes the hidden activations again: keeping them made the forward 1.6 times slower and
+the whole no faster.
 """
 
 from functools import partial
@@ -48,6 +49,13 @@ class _Block(NamedTuple):
   pair: jax.Array  # [rows] int32
   token: jax.Array  # [rows] int32
   mine: jax.Array  # [rows, 1] bool; False where the block runs over the expert's last row
+
+
+def _each_busy_expert(order, run_expert, carry):
+  """carry = run_expert(e, carry) for every expert that has pairs: the others' weights are not even read."""
+  busy = jnp.diff(order.start) > 0
+  experts = jnp.flatnonzero(busy, size=busy.size, fill_value=0)
+  return jax.lax.fori_loop(0, jnp.sum(busy), lambda i, carry: run_expert(experts[i], carry), carry)
 
 
 def _walk(order, k, e, rows, step, carry):
@@ -102,13 +110,13 @@ def _forward(x, expert_index, gate, weights, rows):
     return _walk(order, gate.shape[1], e, rows, step, y)
 
   y = jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-  y = jax.lax.fori_loop(0, weights[0].shape[0], run_expert, y)
+  y = _each_busy_expert(order, run_expert, y)
   return y.astype(x.dtype), (x, gate, weights, order)
 
 
 def _backward(rows, saved, dy):
   x, gate, weights, order = saved
-  num_experts, width, hidden_width = weights[0].shape
+  _, width, hidden_width = weights[0].shape
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   gates = gate.reshape(-1)
 
@@ -130,7 +138,7 @@ def _backward(rows, saved, dy):
       du = (dhidden * silu).astype(x.dtype)
       hidden = (scale * silu * u).astype(x.dtype)
       dx_rows = _dot(da, w_gate, 1, 1) + _dot(du, w_up, 1, 1)
-      # XLA CPU contracts over rows at half speed; turned explicitly the whole gradient takes 0.79 of the time.
+      # XLA CPU contracts over rows at half speed: turned first, the whole gradient takes 0.79 of the time.
       da, du, hidden = jax.lax.optimization_barrier((da.T, du.T, hidden.T))
       return (
         _add_rows(dx, block.token, jnp.where(block.mine, dx_rows, 0)),
@@ -150,7 +158,7 @@ def _backward(rows, saved, dy):
     jnp.zeros(gates.shape, dtype),
     tuple(jnp.zeros_like(w) for w in weights),
   )
-  dx, dgates, dweights = jax.lax.fori_loop(0, num_experts, run_expert, zeros)
+  dx, dgates, dweights = _each_busy_expert(order, run_expert, zeros)
   return dx.astype(x.dtype), None, dgates.reshape(gate.shape).astype(gate.dtype), dweights
 
 

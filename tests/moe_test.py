@@ -1,0 +1,244 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+from models.moe import block_rows, run_experts
+from models.moe_blocks import order_by_expert, run_blocks
+
+WIDTH, HIDDEN = 24, 20
+
+
+def layer(tokens, experts, k, index, *, dtype=jnp.float32, seed=0):
+  """x, expert_index, gate, weights of a small layer; `index` (generator, shape) -> [N, K] draws the routing."""
+  draw = np.random.default_rng(seed)
+  shapes = (experts, WIDTH, HIDDEN), (experts, WIDTH, HIDDEN), (experts, HIDDEN, WIDTH)
+  x = jnp.asarray(draw.normal(size=(tokens, WIDTH)), dtype)
+  gate = jnp.asarray(draw.normal(size=(tokens, k)), jnp.promote_types(dtype, jnp.float32))
+  weights = tuple(jnp.asarray(draw.normal(size=shape) / shape[1] ** 0.5, dtype) for shape in shapes)
+  return x, jnp.asarray(index(draw, (tokens, k)), jnp.int32), gate, weights
+
+
+def distinct(experts):
+  return lambda draw, shape: np.argsort(draw.random((shape[0], experts)), axis=1)[:, : shape[1]]
+
+
+def some_outside(experts):
+  return lambda draw, shape: draw.integers(-3, experts + 3, shape)
+
+
+# tokens, experts, k, routing. "auto" takes blocks of 1, 8 and 128 rows for these.
+ROUTINGS = {
+  "random": (37, 5, 3, distinct(5)),
+  "one token": (1, 16, 4, distinct(16)),
+  "less than a block": (5, 2, 1, distinct(2)),
+  "one expert takes all": (53, 6, 1, lambda draw, shape: np.full(shape, 4)),
+  "empty experts": (41, 8, 2, lambda draw, shape: draw.choice([1, 6], shape)),
+  "some outside": (67, 4, 3, some_outside(4)),
+  "large blocks": (431, 3, 2, some_outside(3)),
+}
+
+
+def value_and_grads(x, expert_index, gate, weights, *, backend):
+  """y and the gradients in x, gate and weights of a fixed random projection of y."""
+  direction = jax.random.normal(jax.random.key(1), x.shape)
+
+  def project(x, gate, weights):
+    y = run_experts(x, expert_index, gate, weights, backend=backend)
+    return jnp.sum(y.astype(jnp.float32) * direction), y
+
+  grads, y = jax.grad(project, argnums=(0, 1, 2), has_aux=True)(x, gate, weights)
+  return y, *grads
+
+
+def assert_close(got, want, tolerance):
+  """Largest difference over the largest value, leaf by leaf."""
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert a.dtype == b.dtype
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1e-30)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_every_backend_equals_dense_in_value_and_gradient(routing):
+  arrays = layer(*ROUTINGS[routing])
+  want = jax.jit(partial(value_and_grads, backend="dense"))(*arrays)
+  for backend in ("ragged", "blocks"):
+    assert_close(jax.jit(partial(value_and_grads, backend=backend))(*arrays), want, 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["dense", "ragged", "blocks"])
+def test_a_backend_is_the_formula_written_out(backend):
+  x, expert_index, gate, weights = layer(9, 4, 2, some_outside(4))
+  want = np.zeros(x.shape)
+  w_gate, w_up, w_down = (np.asarray(w, np.float64) for w in weights)
+  for n in range(9):
+    for e, g in zip(np.asarray(expert_index[n]), np.asarray(gate[n], np.float64), strict=True):
+      if 0 <= e < 4:
+        row = np.asarray(x[n], np.float64)
+        a = row @ w_gate[e]
+        want[n] += g * (a / (1 + np.exp(-a)) * (row @ w_up[e])) @ w_down[e]
+  assert_close(run_experts(x, expert_index, gate, weights, backend=backend), jnp.asarray(want, jnp.float32), 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["ragged", "blocks"])
+def test_bfloat16_stays_near_float32(backend):
+  x, expert_index, gate, weights = layer(67, 4, 3, some_outside(4), dtype=jnp.bfloat16)
+  got = jax.jit(partial(value_and_grads, backend=backend))(x, expert_index, gate, weights)
+  exact = jax.tree.map(lambda a: a.astype(jnp.float32), (x, gate, weights))
+  want = jax.jit(partial(value_and_grads, backend="dense"))(exact[0], expert_index, *exact[1:])
+  assert got[0].dtype == got[1].dtype == got[3][0].dtype == jnp.bfloat16
+  assert_close(jax.tree.map(lambda a: a.astype(jnp.float32), got), want, 0.03)
+
+
+def test_float32_weights_used_in_bfloat16_keep_float32_gradients():
+  x, expert_index, gate, weights = layer(67, 4, 3, some_outside(4))
+  want = jax.jit(partial(value_and_grads, backend="dense"))(x, expert_index, gate, weights)[3]
+  run = jax.jit(partial(value_and_grads, backend="blocks"))
+  assert_close(run(x.astype(jnp.bfloat16), expert_index, gate, weights)[3], want, 0.03)
+
+
+@pytest.mark.parametrize(
+  ("routing", "rows"), [("random", 64), ("empty experts", 4), ("some outside", 1), ("one expert takes all", 8)]
+)
+def test_gradient_of_blocks_equals_finite_differences_in_float64(routing, rows):
+  with jax.enable_x64(True):
+    _, experts, k, index = ROUTINGS[routing]
+    x, expert_index, gate, weights = layer(11, experts, k, index, dtype=jnp.float64)
+    run = jax.jit(lambda x, gate, weights: run_blocks(x, expert_index, gate, weights, rows))
+    check_grads(run, (x, gate, weights), order=1, modes=["rev"], atol=1e-6, rtol=1e-6, eps=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["dense", "ragged", "blocks"])
+def test_a_dropped_pair_adds_exactly_nothing_and_gets_no_gradient(backend):
+  x, expert_index, gate, weights = layer(67, 4, 3, some_outside(4))
+  run = jax.jit(partial(value_and_grads, backend=backend))
+  y, dx, dgate, dweights = run(x, expert_index, gate, weights)
+  dropped = (expert_index < 0) | (expert_index >= 4)
+  alone = jnp.all(dropped, axis=1)
+  assert bool(alone.any())
+  assert not np.any(dgate[dropped])
+  assert np.all(dgate[~dropped] != 0)
+  assert not np.any(y[alone])
+  assert not np.any(dx[alone])
+
+  names = jnp.where(dropped, jnp.where(expert_index < 0, -(2**31), 2**31 - 1), expert_index)
+  again = run(jnp.where(alone[:, None], 1e3, x), names, jnp.where(dropped, 1e3, gate), weights)
+  for a, b in zip(jax.tree.leaves((y, dx, dgate, dweights)), jax.tree.leaves(again), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["dense", "ragged", "blocks"])
+def test_all_dropped_gives_exact_zeros_everywhere(backend):
+  x, _, gate, weights = layer(23, 4, 2, distinct(4))
+  nobody = jnp.where(jnp.arange(46).reshape(23, 2) % 2 == 0, -1, 4)
+  for leaf in jax.tree.leaves(jax.jit(partial(value_and_grads, backend=backend))(x, nobody, gate, weights)):
+    assert not np.any(leaf)
+
+
+def test_eager_equals_jitted():
+  arrays = layer(*ROUTINGS["some outside"])
+  assert_close(
+    value_and_grads(*arrays, backend="auto"), jax.jit(partial(value_and_grads, backend="auto"))(*arrays), 1e-6
+  )
+
+
+def test_auto_takes_the_blocks_on_cpu():
+  arrays = layer(*ROUTINGS["random"])
+  text = jax.jit(run_experts).lower(*arrays).as_text()
+  assert text == jax.jit(partial(run_experts, backend="blocks")).lower(*arrays).as_text()
+  assert text != jax.jit(partial(run_experts, backend="ragged")).lower(*arrays).as_text()
+
+
+def test_blocks_grow_with_the_pairs_of_an_expert():
+  assert [block_rows(16 * pairs, 16) for pairs in (1, 2, 47, 48, 255, 256, 10**5)] == [1, 8, 8, 64, 64, 128, 128]
+
+
+def test_a_token_gets_the_same_bits_whatever_else_is_dropped():
+  x, expert_index, gate, weights = layer(67, 4, 3, distinct(4))
+  run = jax.jit(partial(run_blocks, rows=8))
+  half = jnp.where(jnp.arange(67)[:, None] < 30, expert_index, -1)
+  np.testing.assert_array_equal(run(x, half, gate, weights)[:30], run(x, expert_index, gate, weights)[:30])
+
+
+def test_pairs_stand_in_order_of_expert_then_of_token():
+  expert_index = layer(97, 6, 2, some_outside(6))[1]
+  order = order_by_expert(expert_index, 6)
+  flat = np.asarray(expert_index).reshape(-1)
+  flat = np.where((flat < 0) | (flat > 5), 6, flat)
+  np.testing.assert_array_equal(order.pair, np.argsort(flat, kind="stable"))
+  np.testing.assert_array_equal(order.start, [np.sum(flat < e) for e in range(7)])
+
+
+@pytest.mark.parametrize("backend", ["ragged", "blocks"])
+def test_works_in_scan_and_checkpoint(backend):
+  x, expert_index, gate, weights = layer(37, 4, 2, some_outside(4))
+  stack = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), weights)
+
+  def scanned(x, gate, stack, checkpoint):
+    def one(x, weights):
+      return x + run_experts(x, expert_index, gate, weights, backend=backend), None
+
+    return jnp.sum(jax.lax.scan(jax.checkpoint(one) if checkpoint else one, x, stack)[0] ** 2)
+
+  def unrolled(x, gate, stack):
+    for i in range(2):
+      x = x + run_experts(x, expert_index, gate, jax.tree.map(lambda w, i=i: w[i], stack), backend="dense")
+    return jnp.sum(x**2)
+
+  want = jax.jit(jax.grad(unrolled, argnums=(0, 1, 2)))(x, gate, stack)
+  for checkpoint in (False, True):
+    run = jax.jit(jax.grad(partial(scanned, checkpoint=checkpoint), argnums=(0, 1, 2)))
+    assert_close(run(x, gate, stack), want, 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["ragged", "blocks"])
+def test_works_in_shard_map_and_pmap(backend):
+  devices = jax.device_count()
+  if devices < 2:
+    pytest.skip("one device")
+  x, expert_index, gate, weights = layer(8 * devices, 4, 2, some_outside(4))
+  direction = jax.random.normal(jax.random.key(1), x.shape)
+  want = jax.jit(partial(value_and_grads, backend="dense"))(x, expert_index, gate, weights)[1:]
+
+  def grads(x, expert_index, gate, direction, weights):
+    def project(x, gate, weights):
+      return jnp.vdot(run_experts(x, expert_index, gate, weights, backend=backend), direction)
+
+    dx, dgate, dweights = jax.grad(project, argnums=(0, 1, 2))(x, gate, weights)
+    return dx, dgate, jax.lax.psum(dweights, "data")
+
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+  split = (P("data"),) * 4
+  mapped = jax.shard_map(
+    grads, mesh=mesh, in_specs=(*split, P()), out_specs=(P("data"), P("data"), P()), check_vma=False
+  )
+  assert_close(jax.jit(mapped)(x, expert_index, gate, direction, weights), want, 1e-5)
+
+  rows = [a.reshape(devices, -1, *a.shape[1:]) for a in (x, expert_index, gate, direction)]
+  dx, dgate, dweights = jax.pmap(grads, axis_name="data", in_axes=(0, 0, 0, 0, None))(*rows, weights)
+  first = jax.tree.map(lambda a: a[0], dweights)
+  assert_close((dx.reshape(x.shape), dgate.reshape(gate.shape), first), want, 1e-5)
+
+
+def test_experts_split_over_devices_add_up_to_all_of_them():
+  x, expert_index, gate, weights = layer(67, 6, 3, distinct(6))
+  whole = run_experts(x, expert_index, gate, weights)
+  halves = [run_experts(x, expert_index - 3 * i, gate, tuple(w[3 * i : 3 * i + 3] for w in weights)) for i in range(2)]
+  assert_close(halves[0] + halves[1], whole, 1e-6)
+
+
+def test_mistakes_are_told_with_their_cure():
+  x, expert_index, gate, weights = layer(8, 4, 2, distinct(4))
+  with pytest.raises(ValueError, match=r"backend is 'fast'.*'blocks'"):
+    run_experts(x, expert_index, gate, weights, backend="fast")
+  with pytest.raises(ValueError, match=r"weights are .*w_down \[E, F, D\]"):
+    run_experts(x, expert_index, gate, (*weights[:2], weights[2].swapaxes(1, 2)))
+  with pytest.raises(ValueError, match=r"expert_index is \(4, 2\).*N = 8"):
+    run_experts(x, expert_index[:4], gate[:4], weights)
+  with pytest.raises(ValueError, match=r"pairs over 2000 experts came at once.*Split the batch"):
+    jax.eval_shape(partial(order_by_expert, num_experts=2000), jax.ShapeDtypeStruct((2**20, 2), jnp.int32))
