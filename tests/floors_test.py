@@ -48,7 +48,7 @@ def library_imports(path):
   """The modules of rspo_jax that a file imports."""
   for name in imports(path):
     top, *rest = name.split(".")
-    if top == "rspo_jax":
+    if top == "rspo_jax" and rest:
       assert rest[:1] and (rest[0] in FLOORS), f"{path.name} imports {name}, which has no floor"
       yield rest[0]
 

@@ -1,0 +1,183 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from models.config import TransformerConfig
+from models.policy import build_policy
+from rspo_jax import mesh
+from rspo_jax.types import Layout
+
+
+def outputs(policy, params, tokens, valid, **keywords):
+  """(logits, what the probe saw) of one forward."""
+  hidden, probed = jax.jit(lambda: policy.forward(params, tokens, valid, **keywords))()
+  return policy.unembed(params, hidden), probed
+
+
+def test_the_default_probe_returns_the_router_logits_of_the_moe_layers():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+  _, router_logits = outputs(policy, params, tokens, valid)
+  assert router_logits.shape == (2, 8, 5, 4) == (policy.num_moe_layers, *tokens.shape, policy.num_experts)
+  assert router_logits.dtype == jnp.float32
+
+
+def test_a_probe_sees_the_choice_that_the_layer_executes_and_its_own_slice_of_the_inputs():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+
+  def probe(router_logits, expert_index, probe_inputs):
+    return router_logits, expert_index, probe_inputs
+
+  layers = jnp.arange(policy.num_moe_layers)
+  _, (router_logits, expert_index, seen) = outputs(policy, params, tokens, valid, probe=probe, probe_inputs=layers)
+  np.testing.assert_array_equal(expert_index, jax.lax.top_k(router_logits, 2)[1])
+  np.testing.assert_array_equal(seen, layers)
+
+
+def test_replaying_the_own_choice_changes_nothing_and_another_choice_is_executed():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+  expected, router_logits = outputs(policy, params, tokens, valid)
+  own = jax.lax.top_k(router_logits, 2)[1]
+  same, _ = outputs(policy, params, tokens, valid, replay=own)
+  np.testing.assert_array_equal(same, expected)
+  other, _ = outputs(policy, params, tokens, valid, replay=jax.lax.top_k(-router_logits, 2)[1])
+  assert np.abs(other - expected)[np.asarray(valid)].max() > 1e-3
+
+
+def test_prefill_and_decode_repeat_the_full_forward():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts(length=9)
+  valid = valid.at[:, 6:].set(True)
+  hidden, router_logits = policy.forward(params, tokens, valid)
+  weights = policy.for_decode(params)
+  cache = policy.init_cache(8, 9)
+  first, seen, cache = policy.prefill(weights, tokens[:, :6], valid[:, :6], cache)
+  parts, routers = [first], [seen]
+  decode = jax.jit(policy.decode)
+  for slot in range(6, 9):
+    one, seen, cache = decode(weights, tokens[:, slot], valid[:, slot], cache)
+    parts.append(one[:, None])
+    routers.append(seen[:, :, None])
+  mask = np.asarray(valid)
+  np.testing.assert_allclose(jnp.concatenate(parts, 1)[mask], hidden[mask], atol=1e-5)
+  np.testing.assert_allclose(jnp.concatenate(routers, 2)[:, mask], router_logits[:, mask], atol=1e-5)
+
+
+def test_what_stands_in_padding_changes_no_valid_position():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+  expected, _ = outputs(policy, params, tokens, valid)
+  other, _ = outputs(policy, params, jnp.where(valid, tokens, 7), valid)
+  mask = np.asarray(valid)
+  np.testing.assert_array_equal(other[mask], expected[mask])
+  assert np.isfinite(other).all()
+
+
+def test_later_tokens_change_no_earlier_position():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+  expected, _ = outputs(policy, params, tokens, valid)
+  other, _ = outputs(policy, params, tokens.at[:, -1].set(3), valid)
+  np.testing.assert_allclose(other[:, :-1], expected[:, :-1], atol=1e-6)
+
+
+def test_logical_axes_name_every_axis_of_every_parameter():
+  policy, params = tiny.policy_and_params()
+
+  def check(leaf, names):
+    assert len(names) == leaf.ndim
+    assert set(names) <= {None, *mesh.RULES}
+
+  jax.tree.map(check, params, policy.logical_axes())
+
+
+@pytest.mark.parametrize("backend", ["dense", "ragged", "blocks"])
+def test_every_way_of_running_the_experts_gives_the_same_logits(backend):
+  _, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+  expected, _ = outputs(build_policy(tiny.CONFIG), params, tokens, valid)
+  other = build_policy(dataclasses.replace(tiny.CONFIG, expert_backend=backend))
+  mask = np.asarray(valid)
+  np.testing.assert_allclose(outputs(other, params, tokens, valid)[0][mask], expected[mask], atol=1e-5)
+
+
+def test_bfloat16_activations_stay_near_float32_and_the_router_stays_float32():
+  _, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+  expected, _ = outputs(build_policy(tiny.CONFIG), params, tokens, valid)
+  logits, router_logits = outputs(
+    build_policy(dataclasses.replace(tiny.CONFIG, dtype="bfloat16")), params, tokens, valid
+  )
+  assert logits.dtype == router_logits.dtype == jnp.float32
+  # Near ties flip experts; most tokens must still agree.
+  error = np.abs(logits - expected)[np.asarray(valid)].max(axis=-1)
+  assert np.median(error) < 0.05 * np.abs(expected).max()
+
+
+def test_segments_are_runs_of_equal_layers():
+  config = dataclasses.replace(tiny.CONFIG, num_hidden_layers=6, mlp_only_layers=(0,), decoder_sparse_step=2)
+  assert config.segments == ((False, 1), (True, 1), (False, 1), (True, 1), (False, 1), (True, 1))
+  assert tiny.CONFIG.segments == ((True, 1), (False, 1), (True, 1))
+  assert dataclasses.replace(tiny.CONFIG, mlp_only_layers=()).segments == ((True, 3),)
+
+
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    {"num_key_value_heads": 3},
+    {"num_experts_per_tok": 5},
+    {"head_dim": 7},
+    {"dtype": "float16"},
+    {"intermediate_size": 0},
+    {"mlp_only_layers": (0, 1, 2)},
+  ],
+  ids=str,
+)
+def test_impossible_models_are_refused(wrong):
+  with pytest.raises(ValueError):  # noqa: PT011 - each names its field; that it is a ValueError is the contract
+    dataclasses.replace(tiny.CONFIG, **wrong)
+
+
+def test_qwen3_30b_a3b_has_its_published_parameter_count():
+  config = TransformerConfig(
+    vocab_size=151_936,
+    hidden_size=2048,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+  )
+  shapes = jax.eval_shape(build_policy(config).init, jax.random.key(0))
+  assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e9, 1) == 30.5
+
+
+@pytest.mark.parametrize(
+  ("shape", "message"),
+  [({"data": 3}, "does not cover 8 devices"), ({"model": 8}, "unknown"), ({"data": -1, "fsdp": -1}, "does not cover")],
+)
+def test_impossible_meshes_are_refused(shape, message):
+  with pytest.raises(ValueError, match=message):
+    mesh.make_layout(shape)
+
+
+def test_a_mesh_fills_up_with_the_devices_that_are_left():
+  layout = mesh.make_layout({"expert": 2, "data": -1})
+  assert dict(layout.mesh.shape) == {"data": 4, "fsdp": 1, "expert": 2, "tensor": 1}
+  assert isinstance(layout, Layout) and layout.batch_shards == 8
+
+
+def test_parameters_and_rows_that_do_not_divide_over_the_mesh_are_named():
+  layout = mesh.make_layout({"tensor": 8})
+  with pytest.raises(ValueError, match=r"'attention.*'key'.*\n"):
+    mesh.param_shardings(build_policy(tiny.CONFIG, layout), layout)
+  with pytest.raises(ValueError, match="6 rows do not divide over the 8 batch shards"):
+    mesh.put_batch(np.zeros((6, 2)), mesh.make_layout())
