@@ -44,11 +44,12 @@ def _ratios(pair: Paired) -> str:
 
 
 def _disturbed(pair: Paired) -> str:
-  return f"others had at most {pair.disturbance:.0%} of the machine"
+  note = f"others had at most {pair.disturbance:.0%} of the machine"
+  return f"NOT A FAIR RUN: {note}" if pair.disturbance > 0.2 else note
 
 
 def _against_transformers(case: str, wanted: str, effort: Effort) -> Iterator[Row]:
-  setting = peers.trial(case, peers.likely_settings(case))
+  setting = peers.best_setting(case)
   with Worker(f"benchmarks.ours:{case}", {}) as mine, peers.start(case, setting) as theirs:
     pair = _pair(mine, theirs, effort)
     name = case.replace("_", " ")
