@@ -51,8 +51,9 @@ def _check(x, expert_index, gate, weights, backend):
   if backend not in ("auto", "dense", "ragged", "blocks"):
     raise ValueError(f"backend is {backend!r}; want 'auto', 'dense', 'ragged' or 'blocks'.")
   shapes = tuple(w.shape for w in weights)
-  e, d, f = shapes[0]
-  if x.ndim != 2 or x.shape[1] != d or shapes != ((e, d, f), (e, d, f), (e, f, d)):
+  experts, hidden = shapes[0][0], shapes[0][-1]
+  inward, outward = (experts, x.shape[-1], hidden), (experts, hidden, x.shape[-1])
+  if x.ndim != 2 or shapes != (inward, inward, outward):
     raise ValueError(
       f"x is {x.shape} and weights are {shapes}; want x [N, D] and (w_gate [E, D, F], w_up [E, D, F], "
       "w_down [E, F, D]). Flatten batch and time, and put the input axis of every matrix first."

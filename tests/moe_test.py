@@ -238,6 +238,10 @@ def test_mistakes_are_told_with_their_cure():
     run_experts(x, expert_index, gate, weights, backend="fast")
   with pytest.raises(ValueError, match=r"weights are .*w_down \[E, F, D\]"):
     run_experts(x, expert_index, gate, (*weights[:2], weights[2].swapaxes(1, 2)))
+  with pytest.raises(ValueError, match=r"x is \(2, 4, 24\).*Flatten batch and time"):
+    run_experts(x.reshape(2, 4, 24), expert_index, gate, weights)
+  with pytest.raises(ValueError, match=r"weights are \(\(24, 20\)"):
+    run_experts(x, expert_index, gate, tuple(w[0] for w in weights))
   with pytest.raises(ValueError, match=r"expert_index is \(4, 2\).*N = 8"):
     run_experts(x, expert_index[:4], gate[:4], weights)
   with pytest.raises(ValueError, match=r"pairs over 2000 experts came at once.*Split the batch"):
