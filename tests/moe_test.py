@@ -33,7 +33,6 @@ def some_outside(experts):
 
 # tokens, experts, k, routing. "auto" takes blocks of 1, 8 and 128 rows for these.
 ROUTINGS = {
-  "random": (37, 5, 3, distinct(5)),
   "one token": (1, 16, 4, distinct(16)),
   "less than a block": (5, 2, 1, distinct(2)),
   "one expert takes all": (53, 6, 1, lambda draw, shape: np.full(shape, 4)),
@@ -43,6 +42,8 @@ ROUTINGS = {
 }
 
 
+# Jitted once for all tests, which share shapes: compiling is what these tests cost.
+@partial(jax.jit, static_argnames="backend")
 def value_and_grads(x, expert_index, gate, weights, *, backend):
   """y and the gradients in x, gate and weights of a fixed random projection of y."""
   direction = jax.random.normal(jax.random.key(1), x.shape)
@@ -66,9 +67,9 @@ def assert_close(got, want, tolerance):
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_backend_equals_dense_in_value_and_gradient(routing):
   arrays = layer(*ROUTINGS[routing])
-  want = jax.jit(partial(value_and_grads, backend="dense"))(*arrays)
+  want = value_and_grads(*arrays, backend="dense")
   for backend in ("ragged", "blocks"):
-    assert_close(jax.jit(partial(value_and_grads, backend=backend))(*arrays), want, 1e-5)
+    assert_close(value_and_grads(*arrays, backend=backend), want, 1e-5)
 
 
 @pytest.mark.parametrize("backend", ["dense", "ragged", "blocks"])
@@ -82,29 +83,28 @@ def test_a_backend_is_the_formula_written_out(backend):
         row = np.asarray(x[n], np.float64)
         a = row @ w_gate[e]
         want[n] += g * (a / (1 + np.exp(-a)) * (row @ w_up[e])) @ w_down[e]
-  assert_close(run_experts(x, expert_index, gate, weights, backend=backend), jnp.asarray(want, jnp.float32), 1e-5)
+  got = jax.jit(partial(run_experts, backend=backend))(x, expert_index, gate, weights)
+  assert_close(got, jnp.asarray(want, jnp.float32), 1e-5)
 
 
 @pytest.mark.parametrize("backend", ["ragged", "blocks"])
 def test_bfloat16_stays_near_float32(backend):
   x, expert_index, gate, weights = layer(67, 4, 3, some_outside(4), dtype=jnp.bfloat16)
-  got = jax.jit(partial(value_and_grads, backend=backend))(x, expert_index, gate, weights)
+  got = value_and_grads(x, expert_index, gate, weights, backend=backend)
   exact = jax.tree.map(lambda a: a.astype(jnp.float32), (x, gate, weights))
-  want = jax.jit(partial(value_and_grads, backend="dense"))(exact[0], expert_index, *exact[1:])
+  want = value_and_grads(exact[0], expert_index, *exact[1:], backend="dense")
   assert got[0].dtype == got[1].dtype == got[3][0].dtype == jnp.bfloat16
   assert_close(jax.tree.map(lambda a: a.astype(jnp.float32), got), want, 0.03)
 
 
 def test_float32_weights_used_in_bfloat16_keep_float32_gradients():
   x, expert_index, gate, weights = layer(67, 4, 3, some_outside(4))
-  want = jax.jit(partial(value_and_grads, backend="dense"))(x, expert_index, gate, weights)[3]
-  run = jax.jit(partial(value_and_grads, backend="blocks"))
+  want = value_and_grads(x, expert_index, gate, weights, backend="dense")[3]
+  run = partial(value_and_grads, backend="blocks")
   assert_close(run(x.astype(jnp.bfloat16), expert_index, gate, weights)[3], want, 0.03)
 
 
-@pytest.mark.parametrize(
-  ("routing", "rows"), [("random", 64), ("empty experts", 4), ("some outside", 1), ("one expert takes all", 8)]
-)
+@pytest.mark.parametrize(("routing", "rows"), [("empty experts", 4), ("some outside", 1), ("one expert takes all", 64)])
 def test_gradient_of_blocks_equals_finite_differences_in_float64(routing, rows):
   with jax.enable_x64(True):
     _, experts, k, index = ROUTINGS[routing]
@@ -116,7 +116,7 @@ def test_gradient_of_blocks_equals_finite_differences_in_float64(routing, rows):
 @pytest.mark.parametrize("backend", ["dense", "ragged", "blocks"])
 def test_a_dropped_pair_adds_exactly_nothing_and_gets_no_gradient(backend):
   x, expert_index, gate, weights = layer(67, 4, 3, some_outside(4))
-  run = jax.jit(partial(value_and_grads, backend=backend))
+  run = partial(value_and_grads, backend=backend)
   y, dx, dgate, dweights = run(x, expert_index, gate, weights)
   dropped = (expert_index < 0) | (expert_index >= 4)
   alone = jnp.all(dropped, axis=1)
@@ -134,21 +134,22 @@ def test_a_dropped_pair_adds_exactly_nothing_and_gets_no_gradient(backend):
 
 @pytest.mark.parametrize("backend", ["dense", "ragged", "blocks"])
 def test_all_dropped_gives_exact_zeros_everywhere(backend):
-  x, _, gate, weights = layer(23, 4, 2, distinct(4))
-  nobody = jnp.where(jnp.arange(46).reshape(23, 2) % 2 == 0, -1, 4)
-  for leaf in jax.tree.leaves(jax.jit(partial(value_and_grads, backend=backend))(x, nobody, gate, weights)):
+  x, _, gate, weights = layer(*ROUTINGS["some outside"])
+  nobody = jnp.where(jnp.arange(gate.size).reshape(gate.shape) % 2 == 0, -1, 4)
+  for leaf in jax.tree.leaves(value_and_grads(x, nobody, gate, weights, backend=backend)):
     assert not np.any(leaf)
 
 
 def test_eager_equals_jitted():
   arrays = layer(*ROUTINGS["some outside"])
-  assert_close(
-    value_and_grads(*arrays, backend="auto"), jax.jit(partial(value_and_grads, backend="auto"))(*arrays), 1e-6
-  )
+  assert_close(run_experts(*arrays), jax.jit(run_experts)(*arrays), 1e-6)
+  direction = jax.random.normal(jax.random.key(1), arrays[0].shape)
+  dx = jax.grad(lambda x: jnp.vdot(run_experts(x, *arrays[1:]), direction))(arrays[0])
+  assert_close(dx, value_and_grads(*arrays, backend="blocks")[1], 1e-6)
 
 
 def test_auto_takes_the_blocks_on_cpu():
-  arrays = layer(*ROUTINGS["random"])
+  arrays = layer(*ROUTINGS["some outside"])
   text = jax.jit(run_experts).lower(*arrays).as_text()
   assert text == jax.jit(partial(run_experts, backend="blocks")).lower(*arrays).as_text()
   assert text != jax.jit(partial(run_experts, backend="ragged")).lower(*arrays).as_text()
@@ -174,14 +175,13 @@ def test_pairs_stand_in_order_of_expert_then_of_token():
   np.testing.assert_array_equal(order.start, [np.sum(flat < e) for e in range(7)])
 
 
-@pytest.mark.parametrize("backend", ["ragged", "blocks"])
-def test_works_in_scan_and_checkpoint(backend):
+def test_blocks_work_in_scan_and_checkpoint():
   x, expert_index, gate, weights = layer(37, 4, 2, some_outside(4))
   stack = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), weights)
 
   def scanned(x, gate, stack, checkpoint):
     def one(x, weights):
-      return x + run_experts(x, expert_index, gate, weights, backend=backend), None
+      return x + run_experts(x, expert_index, gate, weights, backend="blocks"), None
 
     return jnp.sum(jax.lax.scan(jax.checkpoint(one) if checkpoint else one, x, stack)[0] ** 2)
 
@@ -196,18 +196,17 @@ def test_works_in_scan_and_checkpoint(backend):
     assert_close(run(x, gate, stack), want, 1e-5)
 
 
-@pytest.mark.parametrize("backend", ["ragged", "blocks"])
-def test_works_in_shard_map_and_pmap(backend):
+def test_blocks_work_in_shard_map_and_pmap():
   devices = jax.device_count()
   if devices < 2:
     pytest.skip("one device")
   x, expert_index, gate, weights = layer(8 * devices, 4, 2, some_outside(4))
   direction = jax.random.normal(jax.random.key(1), x.shape)
-  want = jax.jit(partial(value_and_grads, backend="dense"))(x, expert_index, gate, weights)[1:]
+  want = value_and_grads(x, expert_index, gate, weights, backend="dense")[1:]
 
   def grads(x, expert_index, gate, direction, weights):
     def project(x, gate, weights):
-      return jnp.vdot(run_experts(x, expert_index, gate, weights, backend=backend), direction)
+      return jnp.vdot(run_experts(x, expert_index, gate, weights, backend="blocks"), direction)
 
     dx, dgate, dweights = jax.grad(project, argnums=(0, 1, 2))(x, gate, weights)
     return dx, dgate, jax.lax.psum(dweights, "data")
