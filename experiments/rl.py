@@ -41,9 +41,7 @@ def build_rl(parts: Parts) -> RL:
 
   @functools.partial(jax.jit, out_shardings=by_rows)
   def score_minibatch(params, tokens, valid):
-    return score(
-      parts.policy, params, tokens, valid, microbatches=rl.microbatches, chunk=rl.logits_chunk
-    )
+    return score(parts.policy, params, tokens, valid, microbatches=rl.microbatches, chunk=rl.logits_chunk)
 
   @functools.partial(jax.jit, out_shardings=by_rows)
   def deal(rollout, advantage):
@@ -54,9 +52,7 @@ def build_rl(parts: Parts) -> RL:
   @jax.jit
   def advantages_of(reward):
     return (
-      advantages.group_advantages(
-        reward, rl.samples_per_prompt, normalize_std=config.objective.normalize_std
-      ),
+      advantages.group_advantages(reward, rl.samples_per_prompt, normalize_std=config.objective.normalize_std),
       advantages.zero_variance_fraction(reward, rl.samples_per_prompt),
     )
 
@@ -78,7 +74,11 @@ def build_rl(parts: Parts) -> RL:
       scored = score_minibatch(state.params, part.tokens, part.valid)
       minibatches.append(
         TrainBatch(
-          part.tokens, part.valid, part.action_mask, scored.log_prob, part_advantage,
+          part.tokens,
+          part.valid,
+          part.action_mask,
+          scored.log_prob,
+          part_advantage,
           scored.trace if config.objective.router_shift else None,
         )
       )

@@ -101,9 +101,7 @@ class Run:
       def generate(batch, first):
         return parts.generate(self.state.params, options, parts.key(EVALUATION), batch, first)[1:]
 
-      return complete(
-        generate, parts.reward, examples, samples=samples, batch_problems=wanted.batch_problems
-      )
+      return complete(generate, parts.reward, examples, samples=samples, batch_problems=wanted.batch_problems)
 
     sampled, greedy = completions(wanted.samples, 1.0), completions(1, 0.0)
     metrics = {
@@ -193,7 +191,9 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def run_app() -> None:
   config_flags.DEFINE_config_file("config", None, "Config file; its fields are flags: --config.rl.steps=10.")
-  flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report. The same folder continues a run.")
+  flags.DEFINE_string(
+    "workdir", None, "Folder for checkpoints, metrics and the report. The same folder continues a run."
+  )
   flags.mark_flags_as_required(["config", "workdir"])
   logging.set_verbosity(logging.WARNING)
   app.run(main, flags_parser=parse_flags)

@@ -1,1 +1,1 @@
-"""Functional Flax mixture-of-experts transformers. They fill in `rspo_jax.types.Policy` and import nothing else of ours."""
+"""Flax mixture-of-experts transformers as `rspo_jax.types.Policy`; they import nothing else of ours."""

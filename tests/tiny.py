@@ -58,6 +58,4 @@ def train_batch(policy, params, rows=8, seed=0, microbatches=1):
   scored = jax.jit(functools.partial(score, policy, microbatches=microbatches))(params, drawn.tokens, drawn.valid)
   advantage = np.random.default_rng(seed).normal(size=rows).astype(np.float32)
   advantage[1] = 0
-  return TrainBatch(
-    drawn.tokens, drawn.valid, drawn.action_mask, scored.log_prob, jnp.asarray(advantage), scored.trace
-  )
+  return TrainBatch(drawn.tokens, drawn.valid, drawn.action_mask, scored.log_prob, jnp.asarray(advantage), scored.trace)

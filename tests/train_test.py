@@ -90,7 +90,14 @@ def results(workdir):
 
 def test_a_run_leaves_everything_the_readme_promises(reference):
   workdir, output = reference
-  for name in ("config.json", "metrics.jsonl", "summary.json", "report.html", "answers_before.jsonl", "answers_after.jsonl"):
+  for name in (
+    "config.json",
+    "metrics.jsonl",
+    "summary.json",
+    "report.html",
+    "answers_before.jsonl",
+    "answers_after.jsonl",
+  ):
     assert (workdir / name).stat().st_size > 0, name
   assert list((workdir / "plots").glob("*.png"))
   assert list((workdir / "tensorboard").rglob("events.out.tfevents.*"))
