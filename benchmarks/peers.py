@@ -6,12 +6,11 @@
 import argparse
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from benchmarks.sizes import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, ROW_TOKENS, ROWS, TINY
-from benchmarks.timing import Run, Timing
+from benchmarks.timing import by_turns
 from benchmarks.workers import Case, Worker
 
 
@@ -169,9 +168,10 @@ def start(case: str, setting: Mapping[str, Any]) -> Worker:
   """A worker that holds `case` in this setting, warm.
 
   Args:
-    setting: arguments of the case, and "wait": "passive" lets torch's OpenMP threads sleep while they wait for each
-      other, "active" (OpenMP's default) lets them spin. With other work on the machine, spinning made the same call
-      ten times slower, so that a peer that spins would lose to its neighbours and not to us.
+    setting: arguments of the case, and "wait": "passive" (the default here) lets torch's OpenMP threads sleep while
+      they wait for each other, "active" (OpenMP's own default) lets them spin. Alone on the machine spinning is up to
+      1.7 times faster; beside other work it made the same call ten times slower, and the peer would lose to its
+      neighbours and not to us. So comparisons run both.
   """
   setting = dict(setting)
   threads = str(setting.get("threads", 2))
@@ -185,55 +185,29 @@ def name_of(setting: Mapping[str, Any]) -> str:
   return ", ".join(f"{key} {value}" for key, value in setting.items())
 
 
-def trial(
-  case: str,
-  settings: Iterable[Mapping[str, Any]],
-  *,
-  warmup: int = 2,
-  repeats: int = 5,
-  log: Any = sys.stderr,
-  by: str = "best",
-) -> dict[str, Any]:
-  """Times settings of a case by turns, prints each, and returns the fastest.
+def trial(case: str, settings: Iterable[Mapping[str, Any]], *, log: Any = sys.stderr, **options: Any) -> dict[str, Any]:
+  """Times settings of a case by turns, prints each, and returns the one whose fastest repeat is the fastest.
 
-  Args:
-    by: "best" compares fastest repeats, so that no setting loses for having met other work on the machine; "median"
-      compares usual ones.
+  The fastest repeat, so that no setting loses for having met other work on the machine. options: as in `by_turns`.
   """
-  workers: dict[str, tuple[Worker, dict[str, Any]]] = {}
-  runs: dict[str, list[Run]] = {}
+  workers: dict[str, Worker] = {}
+  tried: dict[str, dict[str, Any]] = {}
   with contextlib.ExitStack() as stack:
     for setting in map(dict, settings):
       try:
         worker = stack.enter_context(start(case, setting))
-        for _ in range(warmup):
-          worker()
+        worker()
       except RuntimeError as error:
         print(f"{case}: transformers with {name_of(setting)} does not run here: {error}", file=log, flush=True)
-        continue
-      workers[name_of(setting)] = worker, setting
-      runs[name_of(setting)] = []
+      else:
+        workers[name_of(setting)], tried[name_of(setting)] = worker, setting
     if not workers:
       raise RuntimeError(f"transformers ran {case} in none of its settings; see the tracebacks above.")
-    for _ in range(repeats):
-      for name, (worker, _) in workers.items():
-        time.sleep(0.2)
-        runs[name].append(worker())
-  timings = {name: Timing(tuple(found)) for name, found in runs.items()}
-  for name, (worker, _) in workers.items():
-    timing = timings[name]
-    line = f"{case}: transformers with {name}: {timing.rate(worker.tokens)}, {timing.median('cpu'):.2f} CPU seconds"
-    print(line, file=log, flush=True)
-  return workers[min(timings, key=lambda name: getattr(timings[name], by)())][1]
-
-
-def best_setting(case: str, **options: Any) -> dict[str, Any]:
-  """The fastest of the likely settings, then of the two ways to wait. options: as in `trial`.
-
-  Threads that spin win a repeat that nothing disturbs and lose all others, so the way to wait is chosen by medians.
-  """
-  best = trial(case, likely_settings(case), **options)
-  return trial(case, [{**best, "wait": wait} for wait in ("passive", "active")], **{**options, "by": "median"})
+    timings = dict(zip(workers, by_turns(list(workers.values()), **options), strict=True))
+  for name, timing in timings.items():
+    rate, cpu = timing.rate(workers[name].tokens), timing.median("cpu")
+    print(f"{case}: transformers with {name}: {rate}, {cpu:.2f} CPU seconds", file=log, flush=True)
+  return tried[min(timings, key=lambda name: timings[name].best())]
 
 
 def main() -> None:
@@ -242,12 +216,10 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=5)
   options = parser.parse_args()
   for case in options.only.split(","):
-    best = [trial(case, group, repeats=options.repeats, log=sys.stdout) for group in batched(all_settings(case), 3)]
-    print(f"{case}: fastest: {name_of(trial(case, best, repeats=options.repeats, log=sys.stdout))}", flush=True)
-
-
-def batched(items: list[Any], size: int) -> list[list[Any]]:
-  return [items[i : i + size] for i in range(0, len(items), size)]
+    settings = [{**setting, "wait": "active"} for setting in all_settings(case)]
+    how = {"repeats": options.repeats, "log": sys.stdout}
+    best = [trial(case, settings[first : first + 3], **how) for first in range(0, len(settings), 3)]
+    print(f"{case}: fastest: {name_of(trial(case, best, **how))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -76,11 +76,6 @@ class Paired(NamedTuple):
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return low, high
 
-  @property
-  def disturbance(self) -> float:
-    """Largest share of the machine that others had during any of these repeats, 0 to 1."""
-    return max(run.disturbance for run in (*self.first.runs, *self.second.runs))
-
 
 def block(value: Any) -> Any:
   """Waits for every JAX array in `value`; leaves a process that never imported JAX alone."""
@@ -108,53 +103,52 @@ def measure(run: Callable[[], Run], *, warmup: int = 1, repeats: int = 5) -> Tim
   return Timing(tuple(run() for _ in range(repeats)))
 
 
-def paired(
-  first: Callable[[], Run],
-  second: Callable[[], Run],
+def by_turns(
+  calls: Sequence[Callable[[], Run]],
   *,
   warmup: int = 1,
   repeats: int = 5,
   attempts: int | None = None,
   quiet: float = 0.05,
   pause: float = 0.2,
-) -> Paired:
-  """Runs two things by turns, changing who goes first in every pair so that neither always runs on the warmer cache.
+) -> tuple[Timing, ...]:
+  """Runs several things in rounds, every round in another order so that none always runs on the warmest cache.
 
   Args:
-    first, second: `clocked` callables or workers.
-    repeats: pairs wanted. attempts: pairs run at most, at least `repeats` (the default).
-    quiet: a pair counts as undisturbed if others had at most this share of the machine in either half.
+    calls: `clocked` callables or workers.
+    repeats: rounds wanted. attempts: rounds run at most, at least `repeats` (the default).
+    quiet: a round counts as undisturbed if others had at most this share of the machine in each of its repeats.
     pause: seconds of rest before every repeat: OpenMP threads keep spinning for a while after their work is done,
-      and would spin into the other's turn.
+      and would spin into the next one's turn.
   Returns:
-    The `repeats` least disturbed pairs, in the order they ran. Choosing by what others did, never by the result,
-    favours neither.
+    A `Timing` for each call, of the `repeats` least disturbed rounds, in the order they ran. Choosing by what others
+    did, never by the result, favours nobody.
   """
-  for _ in range(warmup):
-    first()
-    second()
-
-  def rested(run: Callable[[], Run]) -> Run:
-    time.sleep(pause)
-    return run()
-
-  pairs: list[tuple[Run, Run]] = []
+  for call in calls:
+    for _ in range(warmup):
+      call()
+  rounds: list[list[Run]] = []
   for number in range(max(repeats, attempts or 0)):
-    if number % 2 == 0:
-      run = rested(first)
-      pairs.append((run, rested(second)))
-    else:
-      run = rested(second)
-      pairs.append((rested(first), run))
-    if sum(_disturbance(pair) <= quiet for pair in pairs) >= repeats:
+    runs: dict[int, Run] = {}
+    for turn in range(len(calls)):
+      which = (turn + number) % len(calls)
+      time.sleep(pause)
+      runs[which] = calls[which]()
+    rounds.append([runs[which] for which in range(len(calls))])
+    if sum(_disturbance(runs) <= quiet for runs in rounds) >= repeats:
       break
-  worst_kept = sorted(map(_disturbance, pairs))[repeats - 1]
-  kept = [pair for pair in pairs if _disturbance(pair) <= worst_kept][:repeats]
-  return Paired(Timing(tuple(a for a, _ in kept)), Timing(tuple(b for _, b in kept)))
+  worst_kept = sorted(map(_disturbance, rounds))[repeats - 1]
+  kept = [runs for runs in rounds if _disturbance(runs) <= worst_kept][:repeats]
+  return tuple(Timing(runs) for runs in zip(*kept, strict=True))
 
 
-def _disturbance(pair: tuple[Run, Run]) -> float:
-  return max(run.disturbance for run in pair)
+def paired(first: Callable[[], Run], second: Callable[[], Run], **options: Any) -> Paired:
+  """Two things by turns; options as in `by_turns`."""
+  return Paired(*by_turns((first, second), **options))
+
+
+def _disturbance(runs: Sequence[Run]) -> float:
+  return max(run.disturbance for run in runs)
 
 
 def matmul_work(size: int = 2048) -> tuple[Callable[[], Any], int]:
