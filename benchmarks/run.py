@@ -51,13 +51,13 @@ def _disturbed(*timings: Timing) -> str:
 
 
 def _against_transformers(case: str, wanted: str, effort: Effort) -> Iterator[Row]:
-  """Ours and transformers' fastest setting by turns, its threads once sleeping and once spinning while they wait; the
-  better of the two is the opponent."""
-  setting = peers.trial(case, peers.likely_settings(case), warmup=1)
+  """Ours by turns with transformers twice: in its fastest setting with threads that spin while they wait for each
+  other, and in its fastest one with threads that sleep. The better of the two is the opponent."""
+  likely = peers.likely_settings(case)
+  waits = [peers.trial(case, [{**setting, "wait": wait} for setting in likely]) for wait in ("active", "passive")]
   with contextlib.ExitStack() as stack:
     mine = stack.enter_context(Worker(f"benchmarks.ours:{case}", {}))
-    waits = [{**setting, "wait": wait} for wait in ("active", "passive")]
-    theirs = [stack.enter_context(peers.start(case, waiting)) for waiting in waits]
+    theirs = [stack.enter_context(peers.start(case, setting)) for setting in waits]
     first, *others = by_turns((mine, *theirs), warmup=2, repeats=effort.repeats, attempts=effort.attempts)
     best = min(range(len(others)), key=lambda which: others[which].median())
     memories = [worker.peak_memory() for worker in (mine, theirs[best])]
@@ -65,7 +65,7 @@ def _against_transformers(case: str, wanted: str, effort: Effort) -> Iterator[Ro
   yield Row(f"{name}, ours", first.rate(mine.tokens), "", f"peak memory {memories[0]:.0f} MiB")
   note = f"{peers.name_of(waits[best])}; peak memory {memories[1]:.0f} MiB"
   yield Row(f"{name}, transformers' best", others[best].rate(mine.tokens), "", note)
-  other = f"threads {waits[1 - best]['wait']}: {others[1 - best].rate(mine.tokens)}"
+  other = f"{peers.name_of(waits[1 - best])}: {others[1 - best].rate(mine.tokens)}"
   yield Row(f"{name}, ours over transformers", _ratios(pair), wanted, f"{_disturbed(first, *others)}; {other}")
   if "trace_bytes_per_entry" in mine.facts:
     bytes_each = f"{mine.facts['trace_bytes_per_entry']:.2f} bytes"
