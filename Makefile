@@ -8,23 +8,23 @@ BIN := $(VENV)/bin
 $(BIN)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"rspo_jax needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install -qq --upgrade pip
+	$(BIN)/python -m pip install -qq --editable .
 	@touch $@
 
 $(BIN)/.test: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install -qq --editable '.[test]'
 	@touch $@
 
 $(BIN)/.parity: $(BIN)/.test
-	$(BIN)/python -m pip install --quiet --editable '.[test,parity]'
+	$(BIN)/python -m pip install -qq --editable '.[test,parity]'
 	@touch $@
 
 demo: $(BIN)/.installed
 	$(BIN)/python -m experiments.train --config=experiments/configs/countdown_tiny.py --workdir=runs/countdown_tiny
 
 test: $(BIN)/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 parity: $(BIN)/.parity
 	$(BIN)/python -m pytest -m parity
