@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.timing import Run, clocked, peak_memory
+from experiments.allocator import keep_freed_memory
 
 
 class Case(NamedTuple):
@@ -96,6 +97,7 @@ def _serve(target: str, settings: str) -> None:
     answers.write(json.dumps(message) + "\n")
     answers.flush()
 
+  keep_freed_memory()  # as the main job does, for both sides of every comparison
   module, function = target.split(":")
   case = getattr(importlib.import_module(module), function)(**json.loads(settings))
   if isinstance(case, dict):

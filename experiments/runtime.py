@@ -1,14 +1,13 @@
 """F4: what a process does before and around the work: devices, the compilation cache, a polite end on SIGTERM."""
 
-import ctypes
 import os
 import signal
-import sys
 from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
 
+from experiments.allocator import keep_freed_memory
 from experiments.config import RuntimeConfig
 
 
@@ -26,20 +25,6 @@ def start(runtime: RuntimeConfig) -> None:
     jax.distributed.initialize()
   if jax.default_backend() == "cpu":
     keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-  """Lets glibc keep what is freed, where that can be asked for.
-
-  XLA takes its buffers from malloc and frees them after every program. By default the large ones go back to the system
-  each time, and every new page is zeroed again: a third of the demo's train step.
-  """
-  mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-  if mallopt is None:
-    return
-  trim_threshold, mmap_max, arena_max = -1, -4, -8  # from malloc.h
-  for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
-    mallopt(option, value)
 
 
 def start_cache(runtime: RuntimeConfig) -> None:
