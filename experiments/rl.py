@@ -38,6 +38,7 @@ def build_rl(parts: Parts) -> RL:
   options = parts.sampling_options(rl.samples_per_prompt)
   examples_of = batches(parts.splits["train"], rl.prompts, config.seed)
   by_rows = parts.layout.sharding("batch")
+  combine = jax.jit(diagnostics.over_updates)
 
   @functools.partial(jax.jit, out_shardings=by_rows)
   def score_minibatch(params, tokens, valid):
@@ -68,7 +69,7 @@ def build_rl(parts: Parts) -> RL:
     repeated = [example for example in examples for _ in range(rl.samples_per_prompt)]
     scores = score_completions(parts.reward, texts, repeated)
     lap()
-    advantage, zero_variance = advantages_of(scores.reward)
+    advantage, zero_variance = advantages_of(mesh.put_batch(scores.reward, parts.layout))
     minibatches = []
     for part, part_advantage in deal(rollout, advantage):
       scored = score_minibatch(state.params, part.tokens, part.valid)
@@ -91,7 +92,8 @@ def build_rl(parts: Parts) -> RL:
     metrics = jax.device_get(combine(updates))
     lap()
     sampling, rewarding, scoring, training = np.diff(times)
-    tokens = int(lengths.sum()) + rl.samples_per_prompt * sum(len(e.prompt) for e in examples)
+    valid, finished = mesh.fetch((rollout.valid, rollout.finished))
+    tokens = valid.sum()
     done = number * len(updates) + len(updates) - 1
     return state, metrics | {
       "reward/mean": scores.reward.mean(),
@@ -101,7 +103,7 @@ def build_rl(parts: Parts) -> RL:
       "groups/zero_variance": zero_variance,
       "length/mean": lengths.mean(),
       "length/max": lengths.max(),
-      "length/truncated": 1.0 - np.mean(mesh.fetch(rollout.finished)),
+      "length/truncated": 1.0 - finished.mean(),
       "optimizer/learning_rate": schedule(done),
       "speed/sample_tokens_per_second": lengths.sum() / sampling,
       "speed/score_tokens_per_second": tokens / scoring,
@@ -113,5 +115,4 @@ def build_rl(parts: Parts) -> RL:
       "seconds/step": times[-1] - times[0],
     }
 
-  combine = jax.jit(lambda updates: diagnostics.over_updates(updates))
   return RL(optimizer, step)
