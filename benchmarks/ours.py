@@ -39,9 +39,10 @@ class Setup(NamedTuple):
   state: TrainState
 
 
-def _setup(devices: int | None) -> Setup:
+def _setup(devices: int | None, split: str = "data") -> Setup:
+  """All devices on one axis of the mesh: "data" splits the rows only, "expert" the experts of every layer as well."""
   _start(devices)
-  layout = mesh.make_layout()
+  layout = mesh.make_layout({split: -1})
   policy = build_policy(CONFIG, layout)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4, weight_decay=0.1))
   shardings = mesh.state_shardings(policy, optimizer, layout)
@@ -59,8 +60,11 @@ def _sampler(setup: Setup) -> Any:
 
 
 def sampling(devices: int | None = None) -> Case:
-  """64 prompts of 32 tokens, 64 new tokens each, temperature 1, no truncation, no stop token."""
-  setup = _setup(devices)
+  """64 prompts of 32 tokens, 64 new tokens each, temperature 1, no truncation, no stop token.
+
+  The experts are split over the devices: a few rows a step otherwise make every device read every expert.
+  """
+  setup = _setup(devices, split="expert")
   tokens, valid = _rows(setup.layout, PROMPT_TOKENS)
   draw = _sampler(setup)
   rollout = draw(setup.state.params, tokens, valid, jax.random.key(0))

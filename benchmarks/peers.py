@@ -158,9 +158,11 @@ def likely_settings(case: str) -> list[dict[str, Any]]:
       {"experts": "eager", "attention": "sdpa", "cache": "dynamic"},
     ]
   return [
-    {"experts": experts, "attention": attention}
-    for experts in ("eager", "grouped_mm")
-    for attention in ("sdpa", "eager")
+    {"experts": "eager", "attention": "sdpa"},
+    {"experts": "grouped_mm", "attention": "sdpa"},
+    {"experts": "eager", "attention": "eager"},
+    {"experts": "grouped_mm", "attention": "sdpa", "compiled": True},
+    {"experts": "eager", "attention": "sdpa", "compiled": True},
   ]
 
 

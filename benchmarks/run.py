@@ -54,7 +54,9 @@ def _against_transformers(case: str, wanted: str, effort: Effort) -> Iterator[Ro
   """Ours by turns with transformers twice: in its fastest setting with threads that spin while they wait for each
   other, and in its fastest one with threads that sleep. The better of the two is the opponent."""
   likely = peers.likely_settings(case)
-  waits = [peers.trial(case, [{**setting, "wait": wait} for setting in likely]) for wait in ("active", "passive")]
+  waits = [
+    peers.trial(case, [{**setting, "wait": wait} for setting in likely], warmup=3) for wait in ("active", "passive")
+  ]
   with contextlib.ExitStack() as stack:
     mine = stack.enter_context(Worker(f"benchmarks.ours:{case}", {}))
     theirs = [stack.enter_context(peers.start(case, setting)) for setting in waits]

@@ -1,8 +1,8 @@
 """Subprocesses that hold one thing to be timed, ready and warm, and run it once each time they are told to.
 
-Why processes: torch and JAX each keep a thread pool per core. In one process they also share an allocator, an OpenMP
-runtime and the interpreter lock, and whichever was imported first changes the other's figures; BENCHMARKS.md has the
-measured difference. As two processes that take turns each has the machine to itself, exactly as its user would.
+Why processes: OpenMP reads its way of waiting and JAX its number of CPU devices once per process, peak memory belongs to
+a process, and a library's user runs it without the other one beside it. Alternating torch and JAX within one process
+gave the same times (BENCHMARKS.md), so the turns themselves cost neither anything.
 """
 
 import importlib
