@@ -1,7 +1,7 @@
 """Subprocesses that hold one thing to be timed, ready and warm, and run it once each time they are told to.
 
-Why processes: OpenMP reads its way of waiting and JAX its number of CPU devices once per process, peak memory belongs to
-a process, and a library's user runs it without the other one beside it. Alternating torch and JAX within one process
+Why processes: OpenMP reads its way of waiting and JAX its number of CPU devices once per process, peak memory belongs
+to a process, and a library's user runs it without the other one beside it. Alternating torch and JAX within one process
 gave the same times (BENCHMARKS.md), so the turns themselves cost neither anything.
 """
 
