@@ -1,11 +1,25 @@
 """The experts of one layer on a mesh: every device runs the experts it holds on the tokens of its expert group."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from models.moe import run_experts
 from rspo_jax.types import Array, Layout
+
+
+def choose_experts(score: Array, k: int, layout: Layout | None) -> tuple[Array, Array]:
+  """The k largest of score [B, T, E]: (values, expert_index int32), each [B, T, k], largest first.
+
+  Every device chooses for its own rows: left to itself, XLA gathers the scores of all rows on all devices.
+  """
+  choose = functools.partial(jax.lax.top_k, k=k)
+  if layout is None:
+    return choose(score)
+  rows = layout.spec("batch", None, None)
+  return jax.shard_map(choose, mesh=layout.mesh, in_specs=rows, out_specs=rows)(score)
 
 
 def run_sharded_experts(
@@ -27,12 +41,17 @@ def run_sharded_experts(
   if layout is None:
     return run_flat(x, expert_index, gate, tuple(weights))
 
-  expert_axis, inner_axis = layout.rules["experts"], layout.rules["expert_mlp"]
+  def used(axis: str | None) -> str | None:
+    """A collective over one device still costs a rendezvous."""
+    return axis if axis is not None and layout.mesh.shape[axis] > 1 else None
+
+  expert_axis, inner_axis = used(layout.rules["experts"]), used(layout.rules["expert_mlp"])
 
   def run_local(x, expert_index, gate, weights):
     experts_here = weights[0].shape[0]
     if expert_axis is not None:
-      x, expert_index, gate = jax.lax.all_gather((x, expert_index, gate), expert_axis, axis=0, tiled=True)
+      x = jax.lax.all_gather(x, expert_axis, axis=0, tiled=True)
+      gate, expert_index = _gather_pairs(gate, expert_index, expert_axis)
       expert_index = expert_index - jax.lax.axis_index(expert_axis) * experts_here
     y = run_flat(x, expert_index, gate, weights)
     if inner_axis is not None:
@@ -52,3 +71,23 @@ def run_sharded_experts(
     out_specs=rows,
     check_vma=False,
   )(x, expert_index, gate, tuple(weights))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gather_pairs(gate: Array, expert_index: Array, axis: str) -> tuple[Array, Array]:
+  """(gate float32, expert_index int32) of all devices along `axis`, in one collective."""
+  bits = jnp.concatenate([jax.lax.bitcast_convert_type(gate, jnp.int32), expert_index], axis=-1)
+  bits = jax.lax.all_gather(bits, axis, axis=0, tiled=True)
+  gate, expert_index = jnp.split(bits, 2, axis=-1)
+  return jax.lax.bitcast_convert_type(gate, jnp.float32), expert_index
+
+
+def _gather_pairs_forward(gate, expert_index, axis):
+  return _gather_pairs(gate, expert_index, axis), None
+
+
+def _gather_pairs_backward(axis, _, cotangents):
+  return jax.lax.psum_scatter(cotangents[0], axis, scatter_dimension=0, tiled=True), None
+
+
+_gather_pairs.defvjp(_gather_pairs_forward, _gather_pairs_backward)

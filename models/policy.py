@@ -45,7 +45,7 @@ def build_policy(config: TransformerConfig, layout: Layout | None = None) -> Pol
     logical_axes=logical_axes,
     forward=forward,
     unembed=unembed,
-    for_decode=functools.partial(_unstack_layers, config),
+    for_decode=functools.partial(_for_decode, config),
     init_cache=functools.partial(_init_cache, config),
     prefill=functools.partial(_prefill, config, layout),
     decode=functools.partial(_decode, config, layout),
@@ -63,14 +63,17 @@ def _boxed_init(config: TransformerConfig, rng: Array):
   return Transformer(config, probe=router_logits_probe).init(rng, one, one.astype(bool))["params"]
 
 
-def _unstack_layers(config: TransformerConfig, params: Params) -> dict[str, Any]:
-  """One tree per layer: slicing stacked layers inside the decode loop would copy them at every step."""
+def _for_decode(config: TransformerConfig, params: Params, slots: int) -> dict[str, Any]:
+  """One tree per layer: slicing stacked layers inside the decode loop would copy them at every step.
+
+  "rotary" holds the cosines and sines of all positions: made in the loop, XLA computes them anew for every head.
+  """
   layers = []
   for number, (_, length) in enumerate(config.segments):
     stacked = params[f"layers_{number}"]
     layers += [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(length)]
   rest = {name: value for name, value in params.items() if not name.startswith("layers_")}
-  return {"layers": layers, **rest}
+  return {"layers": layers, "rotary": rotary_angles(config, jnp.arange(slots)), **rest}
 
 
 def _init_cache(config: TransformerConfig, batch: int, slots: int) -> KeyValueCache:
@@ -88,7 +91,9 @@ def _prefill(config, layout, params, tokens, valid, cache: KeyValueCache, *, pro
   """Runs a block of tokens [B, T] through the layers, reading and extending the cache."""
   length = tokens.shape[1]
   offsets = jnp.cumsum(valid, axis=1)
-  cos, sin = rotary_angles(config, jnp.maximum(cache.position[:, None] + offsets - 1, 0))
+  cos, sin = (
+    table.at[jnp.maximum(cache.position[:, None] + offsets - 1, 0)].get(mode="clip") for table in params["rotary"]
+  )
   remembered = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, cache.slot, axis=1)
   slots, queries = jnp.arange(cache.valid.shape[1]), cache.slot + jnp.arange(length)
   mask = remembered[:, None, :] & (slots <= queries[:, None]) | (slots == queries[:, None])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from models.config import TransformerConfig
-from models.expert_parallel import run_sharded_experts
+from models.expert_parallel import choose_experts, run_sharded_experts
 from rspo_jax.types import Array, Layout, Probe
 
 
@@ -139,7 +139,7 @@ class MoE(nn.Module):
     logits = jnp.matmul(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
     probability = jax.nn.softmax(logits, axis=-1)
     if replay is None:
-      gate, expert_index = jax.lax.top_k(probability, c.num_experts_per_tok)
+      gate, expert_index = choose_experts(probability, c.num_experts_per_tok, self.layout)
     else:
       expert_index = replay.astype(jnp.int32)
       gate = jnp.take_along_axis(probability, expert_index, axis=-1)

@@ -110,7 +110,7 @@ def sample(
     raw = jnp.sum(jnp.where(chosen, jax.nn.log_softmax(logits, axis=-1), 0.0), axis=-1)
     return token.astype(jnp.int32), jnp.sum(jnp.where(chosen, drawn_from, 0.0), axis=-1), raw
 
-  weights = policy.for_decode(params)
+  weights = policy.for_decode(params, prompt_length + new)
   hidden, _, cache = policy.prefill(weights, tokens, valid, policy.init_cache(prompts, prompt_length + new))
   cache = jax.tree.map(repeat, cache)
 

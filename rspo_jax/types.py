@@ -44,7 +44,8 @@ class Policy(NamedTuple):
       probed). `probe` defaults to `router_logits_probe`; every leaf of `probe_inputs` and of `probed` leads with L.
       `replay` [L, B, T, K] int32 pins the experts of every position; gates still come from the live router.
     unembed: (params, hidden [..., D]) -> logits [..., V] float32.
-    for_decode: params -> the same weights laid out for `decode` and `prefill`; call it once, outside the decode loop.
+    for_decode: (params, slots) -> the same weights laid out for `decode` and `prefill`, for caches of that many slots;
+      call it once, outside the decode loop.
     init_cache: (batch, slots) -> an empty cache for that many rows and tokens.
     prefill: (decode params, tokens [B, T], valid [B, T], cache, *, probe) -> (hidden [B, T, D], probed, cache).
     decode: (decode params, tokens [B], valid [B], cache, *, probe) -> (hidden [B, D], probed, cache). A row whose
@@ -58,7 +59,7 @@ class Policy(NamedTuple):
   logical_axes: Callable[[], Any]
   forward: Callable[..., tuple[Array, Any]]
   unembed: Callable[[Params, Array], Array]
-  for_decode: Callable[[Params], Any]
+  for_decode: Callable[[Params, int], Any]
   init_cache: Callable[[int, int], Cache]
   prefill: Callable[..., tuple[Array, Any, Cache]]
   decode: Callable[..., tuple[Array, Any, Cache]]

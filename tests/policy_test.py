@@ -55,7 +55,7 @@ def test_prefill_and_decode_repeat_the_full_forward():
   tokens, valid = tiny.prompts(length=9)
   valid = valid.at[:, 6:].set(True)
   hidden, router_logits = policy.forward(params, tokens, valid)
-  weights = policy.for_decode(params)
+  weights = policy.for_decode(params, 9)
   cache = policy.init_cache(8, 9)
   first, seen, cache = policy.prefill(weights, tokens[:, :6], valid[:, :6], cache)
   parts, routers = [first], [seen]
