@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from models.config import TransformerConfig
-from rspo_jax import objectives
+from rspo_jax import mismatch, objectives
 from rspo_jax.data import DATASETS
 from rspo_jax.rewards import REWARDS
 
@@ -76,23 +76,92 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  """See `rspo_jax.objectives`.
+  """What is maximised. A field that is not given takes the default of the named objective (`docs/algorithms.md`).
 
   Attributes:
-    name: grpo, gspo or gmpo. eps_low, eps_high: clip bounds in the objective's own unit (gmpo: nats, else ratio).
-    aggregation: how tokens and rows are averaged.
-    router_shift: RSPO's gamma on or off. shift_floor: gamma_min, in (0, 1]. placement: before_clip or after_clip.
-    normalize_std: divide advantages by their group's standard deviation.
+    name: of `rspo_jax.objectives.OBJECTIVES`.
+    eps_low, eps_high: clip bounds in the objective's own unit (gmpo: nats, else ratio).
+    dual_clip: largest ratio for negative advantages (the GRPO family). tau_pos, tau_neg: sharpness of sapo's gate.
+    bounds: cispo's ("around_one", "absolute") or gmpo's ("ratio", "signed") reading of eps. ratio: rloo's, "sequence",
+      "token" or "none". length_epsilon: gmpo's, added to a row's number of tokens.
+    aggregation: of `rspo_jax.aggregation.AGGREGATIONS`. norm_length: tokens, for "seq_mean_token_sum_norm"; by default
+      the longest completion.
+    baseline, scale: of the advantages (`rspo_jax.advantages`). std_epsilon: added to a group's deviation. ddof: its.
+    kl_coefficient: of the KL to the policy that RL began with, per nat; 0 is off. kl_estimator: k1, k2 or k3.
+      kl_in: "loss"; or "reward", taken off the reward of a completion, or with scale "batch_std" off the return of
+      every token (REINFORCE++).
+    entropy_coefficient: of an entropy bonus, per nat.
   """
 
   name: str = "gmpo"
-  eps_low: float = 0.4
-  eps_high: float = 0.4
-  aggregation: str = "sequence_mean_token_mean"
-  router_shift: bool = True
+  eps_low: float | None = None
+  eps_high: float | None = None
+  dual_clip: float | None = None
+  tau_pos: float | None = None
+  tau_neg: float | None = None
+  bounds: str | None = None
+  ratio: str | None = None
+  length_epsilon: float | None = None
+  aggregation: str | None = None
+  norm_length: int | None = None
+  baseline: str | None = None
+  scale: str | None = None
+  ddof: int = 1
+  std_epsilon: float = 1e-6
+  kl_coefficient: float = 0.0
+  kl_estimator: str = "k3"
+  kl_in: str = "loss"
+  entropy_coefficient: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+  """What is done about the router. Everything but router shift is off by default.
+
+  Attributes:
+    shift: RSPO's gamma on or off. shift_floor: gamma_min, in (0, 1]. shift_floor_start, shift_floor_updates: begin at
+      another floor and move there linearly over so many updates of RL; 0 updates is a constant floor.
+    placement, deviation, layers, level: see `rspo_jax.router_shift.ShiftOptions`.
+    replay: "none"; "scoring" (R2), the update repeats the experts of the forward that gave the old log-probs; "sampler"
+      (R3), scoring and update repeat the experts of the sampler. replay_gates: the gates of scoring too.
+    freeze: the routers are not trained. learning_rate_multiplier: theirs over everybody else's.
+    load_balance, z_loss: coefficients of the auxiliary losses. bias_rate: step of the bias on the experts' choice.
+  """
+
+  shift: bool = True
   shift_floor: float = 0.8
+  shift_floor_start: float = 1.0
+  shift_floor_updates: int = 0
   placement: str = "before_clip"
-  normalize_std: bool = True
+  deviation: str = "abs"
+  layers: str = "mean"
+  level: str = "token"
+  replay: str = "none"
+  replay_gates: bool = False
+  freeze: bool = False
+  learning_rate_multiplier: float = 1.0
+  load_balance: float = 0.0
+  z_loss: float = 0.0
+  bias_rate: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MismatchConfig:
+  """Correction for a sampler that is not the trainer, off by default: see `rspo_jax.mismatch.MismatchOptions`."""
+
+  correction: str = "none"
+  level: str = "token"
+  upper: float = 2.0
+  lower: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagnosticsConfig:
+  """every: RL steps between the costly diagnostics (gradient noise, replay probe); 0 is never. pieces: a minibatch is
+  cut into for the gradient noise."""
+
+  every: int = 0
+  pieces: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +172,10 @@ class RLConfig:
     steps: RL steps. prompts: P per step. samples_per_prompt: G.
     minibatches: parts a rollout is cut into, one update each. epochs: passes over them.
     microbatches: parts a minibatch is cut into to save memory. logits_chunk: positions whose logits are held at once.
+    dynamic_sampling_rounds: batches of prompts sampled at most until enough groups have rewards that differ (DAPO); 1
+      is no dynamic sampling. overlong_buffer: tokens before the length limit over which a completion's reward falls by up
+      to overlong_penalty; 0 is off.
+    frozen: patterns of parameter paths that are not trained.
   """
 
   steps: int = 100
@@ -112,6 +185,10 @@ class RLConfig:
   epochs: int = 1
   microbatches: int = 1
   logits_chunk: int = 128
+  dynamic_sampling_rounds: int = 1
+  overlong_buffer: int = 0
+  overlong_penalty: float = 1.0
+  frozen: tuple[str, ...] = ()
   optimizer: OptimizerConfig = OptimizerConfig()
 
 
@@ -161,8 +238,11 @@ class ExperimentConfig:
   reward: RewardConfig = RewardConfig()
   sampling: SamplingConfig = SamplingConfig()
   objective: ObjectiveConfig = ObjectiveConfig()
+  router: RouterConfig = RouterConfig()
+  mismatch: MismatchConfig = MismatchConfig()
   warm_start: WarmStartConfig = WarmStartConfig()
   rl: RLConfig = RLConfig()
+  diagnostics: DiagnosticsConfig = DiagnosticsConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   runtime: RuntimeConfig = RuntimeConfig()
@@ -170,7 +250,25 @@ class ExperimentConfig:
 
 def config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
   """The dataclasses as a ConfigDict, so that flags can override every field by its dotted name."""
-  return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+  def fill(node: Any) -> dict[str, Any]:
+    filled = {}
+    for field in dataclasses.fields(node):
+      value, kind = getattr(node, field.name), _optional(typing.get_type_hints(type(node))[field.name])
+      if dataclasses.is_dataclass(value):
+        value = fill(value)
+      elif value is None:
+        value = ml_collections.config_dict.placeholder(kind)  # a flag can still give it a value of that type
+      filled[field.name] = value
+    return filled
+
+  return ml_collections.ConfigDict(fill(config))
+
+
+def _optional(kind: Any) -> Any:
+  """`float` of `float | None`; any other type as it is."""
+  inner = [part for part in typing.get_args(kind) if part is not type(None)]
+  return inner[0] if type(None) in typing.get_args(kind) else kind
 
 
 def read_config(given: ml_collections.ConfigDict) -> ExperimentConfig:
@@ -194,6 +292,11 @@ def read_config(given: ml_collections.ConfigDict) -> ExperimentConfig:
     ("config.evaluation.samples", config.evaluation.samples, 1),
     ("config.evaluation.batch_problems", config.evaluation.batch_problems, 1),
     ("config.checkpoint.every", config.checkpoint.every, 1),
+    ("config.rl.dynamic_sampling_rounds", config.rl.dynamic_sampling_rounds, 1),
+    ("config.rl.overlong_buffer", config.rl.overlong_buffer, 0),
+    ("config.router.shift_floor_updates", config.router.shift_floor_updates, 0),
+    ("config.diagnostics.every", config.diagnostics.every, 0),
+    ("config.diagnostics.pieces", config.diagnostics.pieces, 2),
     ("config.rl.steps", config.rl.steps, 0),
     ("config.warm_start.steps", config.warm_start.steps, 0),
   ):
@@ -204,6 +307,13 @@ def read_config(given: ml_collections.ConfigDict) -> ExperimentConfig:
       f"config.rl.prompts is {config.rl.prompts}, which does not divide into {config.rl.minibatches} minibatches of "
       f"{config.rl.microbatches} microbatches; make it a multiple of config.rl.minibatches * config.rl.microbatches."
     )
+  for what, value, known in (
+    ("config.objective.kl_in", config.objective.kl_in, ("loss", "reward")),
+    ("config.router.replay", config.router.replay, ("none", "scoring", "sampler")),
+    ("config.mismatch.correction", config.mismatch.correction, ("none", *mismatch.CORRECTIONS)),
+  ):
+    if value not in known:
+      raise ValueError(f"{what} is {value!r}; want one of {', '.join(known)}.")
   return config
 
 
@@ -217,9 +327,11 @@ def check_divides(config: ExperimentConfig, shards: int) -> None:
   """
   rl = config.rl
   rows = rl.prompts * rl.samples_per_prompt // (rl.minibatches * rl.microbatches)
+  noise_rows = rl.prompts * rl.samples_per_prompt // rl.minibatches if config.diagnostics.every else 0
   for what, count in (
     ("config.rl.prompts (prompts are prefilled over the mesh)", rl.prompts),
     ("config.rl.prompts * samples_per_prompt / (minibatches * microbatches)", rows),
+    ("the rows of a minibatch in each of config.diagnostics.pieces", noise_rows // config.diagnostics.pieces),
     ("config.warm_start.batch_size", config.warm_start.batch_size if config.warm_start.steps else 0),
     ("config.evaluation.batch_problems", config.evaluation.batch_problems),
   ):
@@ -253,6 +365,10 @@ def _build(kind: type, values: Any, where: str) -> Any:
 def _convert(kind: Any, value: Any, where: str) -> Any:
   if dataclasses.is_dataclass(kind):
     return _build(kind, value, where)
+  if _optional(kind) is not kind:
+    if value is None:
+      return None
+    kind = _optional(kind)
   origin = typing.get_origin(kind) or kind
   if kind is float and type(value) is int:
     return float(value)

@@ -185,10 +185,10 @@ def _evaluation(row: Mapping[str, Any] | None, answers: Sequence[Mapping[str, An
 
 
 def _objective_name(config: ExperimentConfig) -> str:
-  objective = config.objective
-  if not objective.router_shift:
-    return objective.name.upper()
-  return "RSPO (GMPO + router shift)" if objective.name == "gmpo" else f"{objective.name.upper()} + router shift"
+  name = config.objective.name
+  if not config.router.shift:
+    return name.upper()
+  return "RSPO (GMPO + router shift)" if name == "gmpo" else f"{name.upper()} + router shift"
 
 
 def _parameter_count(config: ExperimentConfig) -> int:

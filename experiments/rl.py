@@ -1,4 +1,4 @@
-"""F4: one RL step: sample, reward, score, update."""
+"""F4: one RL step: sample, reward, score, update, and now and then look closer."""
 
 import functools
 import time
@@ -6,113 +6,227 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.wiring import SAMPLING, Parts, make_optimizer, update_options
-from rspo_jax import advantages, diagnostics, mesh
+from experiments.config import ExperimentConfig
+from experiments.wiring import SAMPLING, Parts, recipe, rl_optimizer, update_options
+from rspo_jax import advantages, diagnostics, mesh, penalties
 from rspo_jax.data import batches
 from rspo_jax.minibatches import split_rows
+from rspo_jax.probing import make_gradient_noise, make_replay_probe
 from rspo_jax.rewards import score_completions
 from rspo_jax.scoring import score
 from rspo_jax.train_step import jit_step, make_train_step
-from rspo_jax.types import TrainBatch, TrainState
+from rspo_jax.types import Params, Rollout, TrainBatch, TrainState
 
 
 class RL(NamedTuple):
-  """The compiled parts of RL. step: (state, number of the step) -> (state, metrics)."""
+  """The compiled parts of RL. step: (state, number of the step, reference params or None) -> (state, metrics)."""
 
   optimizer: optax.GradientTransformation
   step: Callable
 
 
+class Sampled(NamedTuple):
+  """The rows a step trains on, and what was seen of all rows sampled for it."""
+
+  rollout: Rollout
+  reward: np.ndarray  # [B] float32
+  metrics: dict[str, float]
+  tokens: int  # completion tokens sampled
+  seconds: tuple[float, float]  # sampling, rewarding
+
+
 def build_rl(parts: Parts) -> RL:
   config = parts.config
-  rl = config.rl
-  optimizer, schedule = make_optimizer(rl.optimizer, rl.steps * rl.epochs * rl.minibatches)
+  rl, objective, router = config.rl, recipe(config), config.router
+  optimizer, schedule = rl_optimizer(config)
+  options = update_options(config)
   update = jit_step(
-    make_train_step(parts.policy, optimizer, update_options(config)),
+    make_train_step(parts.policy, optimizer, options),
     parts.layout,
     mesh.state_shardings(parts.policy, optimizer, parts.layout),
   )
-  options = parts.sampling_options(rl.samples_per_prompt)
-  examples_of = batches(parts.splits["train"], rl.prompts, config.seed)
   by_rows = parts.layout.sharding("batch")
   combine = jax.jit(diagnostics.over_updates)
+  sample_groups = _group_sampler(parts)
+  needs_trace = router.shift or router.replay != "none" or config.diagnostics.every
+  kl_in_reward = config.objective.kl_coefficient if config.objective.kl_in == "reward" else 0.0
 
   @functools.partial(jax.jit, out_shardings=by_rows)
-  def score_minibatch(params, tokens, valid):
-    return score(parts.policy, params, tokens, valid, microbatches=rl.microbatches, chunk=rl.logits_chunk)
-
-  @functools.partial(jax.jit, out_shardings=by_rows)
-  def deal(rollout, advantage):
-    """Whole groups to every minibatch, in turn."""
-    cut = split_rows((rollout, advantage), rl.minibatches, group=rl.samples_per_prompt)
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], cut) for i in range(rl.minibatches)]
-
-  @jax.jit
-  def advantages_of(reward):
-    return (
-      advantages.group_advantages(reward, rl.samples_per_prompt, normalize_std=config.objective.normalize_std),
-      advantages.zero_variance_fraction(reward, rl.samples_per_prompt),
+  def score_minibatch(params, part: Rollout):
+    return score(
+      parts.policy,
+      params,
+      part.tokens,
+      part.valid,
+      expert_index=part.expert_index,
+      all_experts=router.shift and router.deviation == "kl",
+      gates=router.replay_gates,
+      microbatches=rl.microbatches,
+      chunk=rl.logits_chunk,
     )
 
-  def step(state: TrainState, number: int) -> tuple[TrainState, dict]:
+  @functools.partial(jax.jit, out_shardings=by_rows)
+  def score_reference(params, part: Rollout):
+    return score(
+      parts.policy, params, part.tokens, part.valid, microbatches=rl.microbatches, chunk=rl.logits_chunk
+    ).log_prob
+
+  @functools.partial(jax.jit, out_shardings=by_rows)
+  def deal(tree):
+    """Whole groups to every minibatch, in turn."""
+    cut = split_rows(tree, rl.minibatches, group=rl.samples_per_prompt)
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], cut) for i in range(rl.minibatches)]
+
+  rows = rl.prompts * rl.samples_per_prompt
+  order = split_rows(np.arange(rows), rl.minibatches, group=rl.samples_per_prompt).reshape(-1)
+  back = np.argsort(order)
+
+  @functools.partial(jax.jit, out_shardings=by_rows)
+  def kl_penalty(log_probs, references):
+    """Per token, of the whole rollout, from its minibatches."""
+    old, reference = (jnp.concatenate(pieces)[back] for pieces in (log_probs, references))
+    return kl_in_reward * penalties.kl(old, reference, config.objective.kl_estimator)
+
+  @functools.partial(jax.jit, out_shardings=by_rows)
+  def advantages_of(reward, mask, penalty):
+    """[B], or [B, T] where they are whitened over tokens."""
+    of_rows = functools.partial(
+      advantages.group_advantages,
+      group=rl.samples_per_prompt,
+      baseline=objective.baseline,
+      scale=objective.scale,
+      ddof=config.objective.ddof,
+      epsilon=config.objective.std_epsilon,
+    )
+    if objective.scale == "batch_std":
+      return advantages.whiten(advantages.token_advantages(of_rows(reward), mask, penalty=penalty), mask)
+    return of_rows(reward if penalty is None else reward - jnp.where(mask, penalty, 0).sum(axis=1))
+
+  if config.diagnostics.every:
+    noise = jax.jit(make_gradient_noise(parts.policy, options, config.diagnostics.pieces))
+    replay_probe = jax.jit(make_replay_probe(parts.policy, logits_chunk=rl.logits_chunk))
+
+  def step(state: TrainState, number: int, reference: Params | None = None) -> tuple[TrainState, dict]:
+    start = time.perf_counter()
+    sampled = sample_groups(state.params, number)
     times = [time.perf_counter()]
-
-    def lap():
-      times.append(time.perf_counter())
-
-    examples = examples_of.at(number)
-    rollout, texts, lengths = parts.generate(state.params, options, parts.key(SAMPLING, number), examples)
-    lap()
-    repeated = [example for example in examples for _ in range(rl.samples_per_prompt)]
-    scores = score_completions(parts.reward, texts, repeated)
-    lap()
-    advantage, zero_variance = advantages_of(mesh.put_batch(scores.reward, parts.layout))
-    minibatches = []
-    for part, part_advantage in deal(rollout, advantage):
-      scored = score_minibatch(state.params, part.tokens, part.valid)
-      minibatches.append(
-        TrainBatch(
-          part.tokens,
-          part.valid,
-          part.action_mask,
-          scored.log_prob,
-          part_advantage,
-          scored.trace if config.objective.router_shift else None,
-        )
+    dealt = deal(sampled.rollout)
+    scores = [score_minibatch(state.params, part) for part in dealt]
+    references = [None if reference is None else score_reference(reference, part) for part in dealt]
+    penalty = kl_penalty([scored.log_prob for scored in scores], references) if kl_in_reward else None
+    advantage = advantages_of(mesh.put_batch(sampled.reward, parts.layout), sampled.rollout.action_mask, penalty)
+    minibatches = [
+      TrainBatch(
+        part.tokens,
+        part.valid,
+        part.action_mask,
+        scored.log_prob,
+        part_advantage,
+        old_routing=scored.trace if needs_trace else None,
+        sampler_log_prob=None if options.mismatch is None else part.log_prob,
+        reference_log_prob=of_reference if options.kl_coefficient else None,
       )
+      for part, part_advantage, scored, of_reference in zip(dealt, deal(advantage), scores, references, strict=True)
+    ]
     jax.block_until_ready(minibatches)
-    lap()
+    times.append(time.perf_counter())
     updates = []
     for batch in minibatches * rl.epochs:
       state, metrics = update(state, batch)
       updates.append(metrics)
     metrics = jax.device_get(combine(updates))
-    lap()
-    sampling, rewarding, scoring, training = np.diff(times)
-    valid, finished = mesh.fetch((rollout.valid, rollout.finished))
-    tokens = valid.sum()
+    times.append(time.perf_counter())
+    if config.diagnostics.every and (number + 1) % config.diagnostics.every == 0:
+      closer = noise(state, minibatches[-1]) | replay_probe(state.params, minibatches[-1])
+      metrics |= jax.device_get(closer) | {"seconds/diagnostics": time.perf_counter() - times[-1]}
+    scoring, training = np.diff(times)
+    tokens = mesh.fetch(sampled.rollout.valid).sum()
     done = number * len(updates) + len(updates) - 1
-    return state, metrics | {
-      "reward/mean": scores.reward.mean(),
-      "reward/std": scores.reward.std(),
-      "reward/success": scores.success.mean(),
-      "reward/format": scores.format.mean(),
-      "groups/zero_variance": zero_variance,
-      "length/mean": lengths.mean(),
-      "length/max": lengths.max(),
-      "length/truncated": 1.0 - finished.mean(),
+    sampling, rewarding = sampled.seconds
+    return state, metrics | sampled.metrics | {
       "optimizer/learning_rate": schedule(done),
-      "speed/sample_tokens_per_second": lengths.sum() / sampling,
+      "speed/sample_tokens_per_second": sampled.tokens / sampling,
       "speed/score_tokens_per_second": tokens / scoring,
       "speed/train_tokens_per_second": tokens * rl.epochs / training,
       "seconds/sample": sampling,
       "seconds/reward": rewarding,
       "seconds/score": scoring,
       "seconds/train": training,
-      "seconds/step": times[-1] - times[0],
+      "seconds/step": time.perf_counter() - start,
     }
 
   return RL(optimizer, step)
+
+
+def _group_sampler(parts: Parts) -> Callable[[Params, int], Sampled]:
+  """(params, number of the step) -> `Sampled`.
+
+  Under dynamic sampling further batches of prompts are sampled, and groups in which all rewards are equal (before the
+  overlong penalty, which says nothing of the answer) give way to groups in which they differ, until none is left or the
+  rounds are used up. Prompts and random keys are numbered by
+  (step, round), so a continued run draws the same.
+  """
+  config: ExperimentConfig = parts.config
+  rl, rounds = config.rl, config.rl.dynamic_sampling_rounds
+  options = parts.sampling_options(rl.samples_per_prompt, record_experts=config.router.replay == "sampler")
+  examples_of = batches(parts.splits["train"], rl.prompts, config.seed)
+
+  @functools.partial(jax.jit, out_shardings=parts.layout.sharding("batch"))
+  def take(kept, new, row):
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[row], kept, new)
+
+  def sample_groups(params: Params, number: int) -> Sampled:
+    seconds = np.zeros(2)
+    seen, kept = [], None
+    for turn in range(rounds):
+      start = time.perf_counter()
+      at = number * rounds + turn
+      examples = examples_of.at(at)
+      rollout, texts, lengths = parts.generate(params, options, parts.key(SAMPLING, at), examples)
+      sampled = time.perf_counter()
+      repeated = [example for example in examples for _ in range(rl.samples_per_prompt)]
+      scores = score_completions(parts.reward, texts, repeated)
+      reward, overlong = scores.reward, np.zeros_like(scores.reward)
+      if rl.overlong_buffer:
+        limits = {"max_length": options.max_new_tokens, "buffer": rl.overlong_buffer, "penalty": rl.overlong_penalty}
+        overlong = np.asarray(penalties.overlong_penalty(lengths, **limits))
+        reward = reward + overlong
+      seconds += (sampled - start, time.perf_counter() - sampled)
+      seen.append((reward, scores.success, scores.format, lengths, ~mesh.fetch(rollout.finished), overlong))
+      groups = scores.reward.reshape(rl.prompts, -1)
+      useful = groups.max(axis=1) > groups.min(axis=1)
+      if kept is None:
+        kept, kept_reward, kept_useful = rollout, reward, useful
+      else:
+        out, into = np.flatnonzero(~kept_useful), np.flatnonzero(useful)
+        count = min(len(out), len(into))
+        group = np.arange(rl.prompts)
+        group[out[:count]] = rl.prompts + into[:count]
+        row = (group[:, None] * rl.samples_per_prompt + np.arange(rl.samples_per_prompt)).reshape(-1)
+        kept, kept_reward = take(kept, rollout, row), np.concatenate([kept_reward, reward])[row]
+        kept_useful[out[:count]] = True
+      if kept_useful.all():
+        break
+    reward, success, form, lengths, truncated, overlong = (np.concatenate(column) for column in zip(*seen, strict=True))
+    groups = reward.reshape(-1, rl.samples_per_prompt)
+    metrics = {
+      "reward/mean": reward.mean(),
+      "reward/std": reward.std(),
+      "reward/success": success.mean(),
+      "reward/format": form.mean(),
+      "groups/zero_variance": (groups.max(axis=1) == groups.min(axis=1)).mean(),
+      "length/mean": lengths.mean(),
+      "length/max": lengths.max(),
+      "length/truncated": truncated.mean(),
+    }
+    if rounds > 1:
+      metrics["groups/sampled"] = len(seen)
+    if rl.overlong_buffer:
+      metrics["reward/overlong"] = overlong.mean()
+    return Sampled(kept, kept_reward, metrics, int(lengths.sum()), tuple(seconds))
+
+  return sample_groups

@@ -6,6 +6,7 @@ The same command continues a run that was stopped, from its newest checkpoint an
 """
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -26,7 +28,7 @@ from rspo_jax import mesh
 from rspo_jax.checkpoint import Checkpoints
 from rspo_jax.evaluation import Completions, complete
 from rspo_jax.metrics import MetricsWriter
-from rspo_jax.types import TrainState
+from rspo_jax.types import Params, TrainState
 from rspo_jax.workdir import claim_workdir, dump_json_atomic
 
 # What may change between starts of one run: where and how often it writes, not what it computes.
@@ -58,9 +60,13 @@ class Run:
     meta = {"phase": phase, "step": step, "data_position": step, "seed": self.config.seed, "seconds": self.seconds}
     self.checkpoints.save(done, self.state, meta, metrics)
 
-  def restore(self, abstract_state: TrainState) -> tuple[str, int]:
-    """The phase and the steps done of it; ('', 0) for a fresh run. Forgets metrics written after the checkpoint."""
-    restored = self.checkpoints.restore(abstract_state)
+  def restore(self, abstract_states: Mapping[str, TrainState]) -> tuple[str, int]:
+    """The phase and the steps done of it; ('', 0) for a fresh run. Forgets metrics written after the checkpoint.
+
+    Args:
+      abstract_states: per phase; what its optimizer keeps differs where RL freezes parameters.
+    """
+    restored = self.checkpoints.restore(lambda meta: abstract_states[meta["phase"]])
     if restored is None:
       self.writer.truncate("", 0)
       return "", 0
@@ -69,6 +75,26 @@ class Run:
     self.writer.truncate(phase, step)
     self.progress.print(f"continuing {self.workdir} after step {step} of {phase}")
     return phase, step
+
+  def reference(self, done: int) -> Params | None:
+    """The parameters that RL began with, if the config holds the policy near them; kept beside the checkpoints.
+
+    Args:
+      done: RL steps taken; at 0 the present parameters are they.
+    """
+    if not self.config.objective.kl_coefficient:
+      return None
+    with Checkpoints(self.workdir / "reference", keep=1) as kept:
+      if done == 0:
+        kept.save(0, self.state.params, {})
+        kept.wait()
+        return jax.tree.map(jnp.copy, self.state.params)
+      restored = kept.restore(self.state.params)
+    if restored is None:
+      raise ValueError(
+        f"{self.workdir / 'reference'} is gone, and with it the policy that RL began with; start afresh."
+      )
+    return restored.state
 
   def phase(self, name: str, step, done: int, total: int, evaluate_every: int = 0) -> None:
     """Takes the steps of a phase that are left, saving and evaluating on the way."""
@@ -130,20 +156,26 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
   warm_start, rl = build_warm_start(parts), build_rl(parts)
   run = Run(parts, workdir, progress)
   try:
-    phase, done = run.restore(mesh.abstract_state(parts.policy, rl.optimizer, parts.layout))
+    phase, done = run.restore(
+      {
+        name: mesh.abstract_state(parts.policy, optimizer, parts.layout)
+        for name, optimizer in (("warm_start", warm_start.optimizer), ("rl", rl.optimizer))
+      }
+    )
 
     if phase != "rl":
       if run.state is None:
         run.state = mesh.init_state(parts.policy, warm_start.optimizer, config.seed, parts.layout)
       run.phase("warm_start", warm_start.step, done, config.warm_start.steps)
-      # RL begins with a fresh optimizer; its shape is the same, so one checkpoint layout serves both phases.
+      # RL begins with a fresh optimizer.
       run.state = mesh.restart_optimizer(run.state, parts.policy, rl.optimizer, parts.layout)
       before, completions = run.evaluate()
       run.writer.write("rl", 0, before)
       report.write_answers(workdir / "answers_before.jsonl", parts.splits["test"].examples, completions)
       run.save("rl", 0, before)
       done = 0
-    run.phase("rl", rl.step, done, config.rl.steps, config.evaluation.every)
+    rl_step = functools.partial(rl.step, reference=run.reference(done))
+    run.phase("rl", rl_step, done, config.rl.steps, config.evaluation.every)
     if done < config.rl.steps:
       after, completions = run.evaluate()
       run.writer.write("rl", config.rl.steps, after)

@@ -1,7 +1,8 @@
 """F4: from a config to the parts a run is made of."""
 
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,9 +11,11 @@ import optax
 
 from experiments.config import ExperimentConfig, OptimizerConfig, check_divides
 from models.policy import build_policy
-from rspo_jax import countdown, mesh, objectives
+from rspo_jax import countdown, mesh, objectives, parameters
 from rspo_jax.data import DATASETS, Example, Split
+from rspo_jax.mismatch import MismatchOptions
 from rspo_jax.rewards import REWARDS, Reward
+from rspo_jax.router_shift import ShiftOptions, linear_floor
 from rspo_jax.sampling import SamplingOptions, sample
 from rspo_jax.tokenizer import CharTokenizer, Tokenizer, pad_left
 from rspo_jax.train_step import UpdateOptions, skip_nonfinite
@@ -20,6 +23,9 @@ from rspo_jax.types import Array, Layout, Params, Policy, Rollout
 
 # Streams of random numbers, folded into the seed before anything else is.
 INIT, SAMPLING, EVALUATION, DATA = range(4)
+
+# Arguments that every objective takes; all others are its own options.
+OBJECTIVE_ARGUMENTS = ("log_ratio", "advantage", "mask", "log_shift", "placement")
 
 
 class Parts(NamedTuple):
@@ -88,8 +94,18 @@ def build(config: ExperimentConfig) -> Parts:
   return Parts(config, layout, policy, tokenizer, splits, reward, prompt_length, sampler)
 
 
-def make_optimizer(config: OptimizerConfig, updates: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """AdamW under the config's schedule over so many updates; non-finite gradients are skipped."""
+def make_optimizer(
+  config: OptimizerConfig,
+  updates: int,
+  *,
+  frozen: Sequence[str] = (),
+  multipliers: Mapping[str, float] | None = None,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """AdamW under the config's schedule over so many updates; non-finite gradients are skipped.
+
+  Args:
+    frozen: patterns of parameters that are not trained. multipliers: pattern -> factor on the learning rate.
+  """
   schedule = optax.warmup_cosine_decay_schedule(
     init_value=config.learning_rate / (config.warmup_steps + 1),
     peak_value=config.learning_rate,
@@ -100,20 +116,93 @@ def make_optimizer(config: OptimizerConfig, updates: int) -> tuple[optax.Gradien
   optimizer = optax.chain(
     optax.clip_by_global_norm(config.max_grad_norm),
     optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+    *([parameters.scale_updates(multipliers)] if multipliers else []),
   )
-  return skip_nonfinite(optimizer), schedule
+  return skip_nonfinite(parameters.freeze(optimizer, frozen)), schedule
+
+
+def rl_optimizer(config: ExperimentConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The optimizer of RL, with what `config.router` and `config.rl` freeze or slow down."""
+  factor = config.router.learning_rate_multiplier
+  return make_optimizer(
+    config.rl.optimizer,
+    config.rl.steps * config.rl.epochs * config.rl.minibatches,
+    frozen=frozen_parameters(config),
+    multipliers=None if factor == 1.0 else {parameters.ROUTER: factor},
+  )
+
+
+def frozen_parameters(config: ExperimentConfig) -> tuple[str, ...]:
+  """Patterns of what RL does not train. A bias on the experts' choice is moved by its own rule, never by a gradient."""
+  routers = (parameters.ROUTER,) if config.router.freeze else ()
+  bias = ("router_bias$",) if config.model.router_bias else ()
+  return (*config.rl.frozen, *routers, *bias)
+
+
+def recipe(config: ExperimentConfig) -> objectives.Recipe:
+  """The named objective with what the config changes about it.
+
+  Raises:
+    ValueError: an option that the objective does not have.
+  """
+  o = config.objective
+  named = objectives.OBJECTIVES[o.name]
+  known = inspect.signature(named.objective).parameters
+  options = {}
+  for name in ("eps_low", "eps_high", "dual_clip", "tau_pos", "tau_neg", "bounds", "ratio", "length_epsilon"):
+    value = getattr(o, name)
+    if value is None:
+      continue
+    if name not in known:
+      own = [name for name in known if name not in OBJECTIVE_ARGUMENTS]
+      raise ValueError(
+        f"config.objective.{name} is {value!r}, but {o.name} has no such option; it has {own or 'none'}."
+      )
+    options[name] = value
+  scale = named.scale if o.scale is None else o.scale
+  if scale == "batch_std":
+    one = jax.ShapeDtypeStruct((1, 1), np.float32)
+    try:
+      jax.eval_shape(named.objective, one, one, jax.ShapeDtypeStruct((1, 1), bool))
+    except ValueError as error:
+      raise ValueError(
+        f"config.objective.scale is 'batch_std', which gives every token an advantage of its own, but {o.name}: {error}"
+      ) from error
+  return objectives.Recipe(
+    functools.partial(named.objective, **options),
+    named.aggregation if o.aggregation is None else o.aggregation,
+    named.baseline if o.baseline is None else o.baseline,
+    scale,
+  )
 
 
 def update_options(config: ExperimentConfig) -> UpdateOptions:
-  """The update that `config.objective` and `config.rl` describe."""
-  o = config.objective
-  objective = functools.partial(
-    objectives.OBJECTIVES[o.name], eps_low=o.eps_low, eps_high=o.eps_high, placement=o.placement
-  )
+  """The update that `config.objective`, `config.router`, `config.mismatch` and `config.rl` describe."""
+  o, r, m = config.objective, config.router, config.mismatch
+  shift = None
+  if r.shift:
+    begin = config.warm_start.steps  # a train state counts the updates of both phases
+    floor = (
+      linear_floor(r.shift_floor_start, r.shift_floor, r.shift_floor_updates, begin=begin)
+      if r.shift_floor_updates
+      else r.shift_floor
+    )
+    shift = ShiftOptions(floor, r.placement, r.deviation, r.layers, r.level)
+  chosen = recipe(config)
   return UpdateOptions(
-    objective=objective,
-    aggregation=o.aggregation,
-    shift_floor=o.shift_floor if o.router_shift else None,
+    objective=chosen.objective,
+    aggregation=chosen.aggregation,
+    norm_length=o.norm_length or config.sampling.max_new_tokens,
+    shift=shift,
+    replay="none" if r.replay == "none" else "experts_and_gates" if r.replay_gates else "experts",
+    mismatch=None if m.correction == "none" else MismatchOptions(m.correction, m.level, m.upper, m.lower),
+    kl_coefficient=o.kl_coefficient if o.kl_in == "loss" else 0.0,
+    kl_estimator=o.kl_estimator,
+    entropy_coefficient=o.entropy_coefficient,
+    load_balance_coefficient=r.load_balance,
+    router_z_coefficient=r.z_loss,
+    router_bias_rate=r.bias_rate,
+    frozen=frozen_parameters(config),
     microbatches=config.rl.microbatches,
     logits_chunk=config.rl.logits_chunk,
   )

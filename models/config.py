@@ -11,6 +11,7 @@ class TransformerConfig:
     mlp_only_layers, decoder_sparse_step: layer i holds experts if it is not listed and (i + 1) is a multiple of the
       step; every other layer holds one dense MLP of width `intermediate_size`.
     norm_topk_prob: divide the chosen experts' router probabilities by their sum.
+    router_bias: a bias on the choice of experts (not on their gates) that only `Policy.add_router_bias` moves (ours).
     dtype: of activations and matrix products ("float32" or "bfloat16"); parameters and the router stay float32.
     remat: recompute each layer in the backward pass instead of keeping its activations (ours).
     expert_backend: way of running the experts, see `models.moe.run_experts` (ours).
@@ -29,6 +30,7 @@ class TransformerConfig:
   mlp_only_layers: tuple[int, ...] = ()
   decoder_sparse_step: int = 1
   norm_topk_prob: bool = True
+  router_bias: bool = False
   rope_theta: float = 1_000_000.0
   rms_norm_eps: float = 1e-6
   tie_word_embeddings: bool = False

@@ -54,7 +54,19 @@ def build_policy(config: TransformerConfig, layout: Layout | None = None) -> Pol
     num_experts=config.num_experts,
     experts_per_token=config.num_experts_per_tok,
     vocab_size=config.vocab_size,
+    add_router_bias=functools.partial(_add_router_bias, config) if config.router_bias else None,
   )
+
+
+def _add_router_bias(config: TransformerConfig, params: Params, step: Array) -> Params:
+  """step [L, E], the layers in order, goes to the runs of layers that are stacked together."""
+  params, first = dict(params), 0
+  for number, (is_moe, length) in enumerate(config.segments):
+    if is_moe:
+      run = dict(params[f"layers_{number}"])
+      run["moe"] = run["moe"] | {"router_bias": run["moe"]["router_bias"] + step[first : first + length]}
+      params[f"layers_{number}"], first = run, first + length
+  return params
 
 
 def _boxed_init(config: TransformerConfig, rng: Array):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from models.config import TransformerConfig
 from models.expert_parallel import choose_experts, run_sharded_experts
-from rspo_jax.types import Array, Layout, Probe
+from rspo_jax.types import Array, Layout, Probe, Replay, RouterOutput
 
 
 class Context(NamedTuple):
@@ -27,11 +27,11 @@ class Context(NamedTuple):
 
 
 class LayerInputs(NamedTuple):
-  """What one layer alone gets. key_value: a pair [B, Hkv, S, head_dim], the layer's cache; replay [B, T, K] int32."""
+  """What one layer alone gets. key_value: a pair [B, Hkv, S, head_dim], the layer's cache; replay: leaves [B, T, K]."""
 
   key_value: tuple[Array, Array] | None = None
   probe_inputs: Any = None
-  replay: Array | None = None
+  replay: Replay | None = None
 
 
 def rotary_angles(config: TransformerConfig, positions: Array) -> tuple[Array, Array]:
@@ -132,20 +132,27 @@ class MoE(nn.Module):
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, x: Array, valid: Array, probe_inputs: Any, replay: Array | None):
+  def __call__(self, x: Array, valid: Array, probe_inputs: Any, replay: Replay | None):
     c = self.config
     width, inner, experts = x.shape[-1], c.moe_intermediate_size, c.num_experts
     router = self.param("router", _matrix(("embed", None), 0, 1), (width, experts), jnp.float32)
     logits = jnp.matmul(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
     probability = jax.nn.softmax(logits, axis=-1)
-    if replay is None:
-      gate, expert_index = choose_experts(probability, c.num_experts_per_tok, self.layout)
+    score = probability
+    if c.router_bias:
+      bias = self.param("router_bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (experts,))
+      score = probability + jax.lax.stop_gradient(bias)
+    if replay is not None:
+      expert_index = replay.expert_index.astype(jnp.int32)
     else:
-      expert_index = replay.astype(jnp.int32)
+      gate, expert_index = choose_experts(score, c.num_experts_per_tok, self.layout)
+    if replay is not None or c.router_bias:
       gate = jnp.take_along_axis(probability, expert_index, axis=-1)
     if c.norm_topk_prob:
       gate = gate / jnp.sum(gate, axis=-1, keepdims=True)
-    probed = self.probe(logits, expert_index, probe_inputs)
+    if replay is not None and replay.gate is not None:
+      gate = replay.gate
+    probed = self.probe(RouterOutput(logits, expert_index, gate), probe_inputs)
 
     inward, outward = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
     weights = (
@@ -191,7 +198,7 @@ class Transformer(nn.Module):
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, tokens: Array, valid: Array, probe_inputs: Any = None, replay: Array | None = None):
+  def __call__(self, tokens: Array, valid: Array, probe_inputs: Any = None, replay: Replay | None = None):
     c = self.config
     embedding = self.param("embedding", _matrix(("vocab", "embed"), 1, 0), (c.vocab_size, c.hidden_size))
     if not c.tie_word_embeddings:

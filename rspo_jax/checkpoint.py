@@ -158,7 +158,8 @@ class Checkpoints:
     `save` moves unreadable folders to `workdir/unreadable/`.
 
     Args:
-      abstract_state: a pytree of `jax.ShapeDtypeStruct` with shardings (see `abstract`), or of arrays.
+      abstract_state: a pytree of `jax.ShapeDtypeStruct` with shardings (see `abstract`), or of arrays; or a function
+        that makes it of the checkpoint's meta.
     Raises:
       CheckpointMismatchError: the checkpoint is of another tree, shape or dtype.
       CheckpointError: there are checkpoints and none of them can be read.
@@ -183,7 +184,7 @@ class Checkpoints:
     path = self._folder / str(step)
     if step not in self.steps():
       raise ValueError(f"no checkpoint at {path}; the steps there are {self.steps()}.")
-    wanted = abstract(abstract_state)
+    wanted = abstract_state if callable(abstract_state) else abstract(abstract_state)
     for attempt in (1, 2):
       try:
         return self._load(step, wanted)
@@ -233,6 +234,7 @@ class Checkpoints:
 
   def _load(self, step: int, wanted: Any) -> Restored:
     record = self._read_record(step)
+    wanted = abstract(wanted(record["meta"])) if callable(wanted) else wanted
     saved = record["leaves"]
     _check_same_tree(self._folder / str(step), saved, _describe(wanted))
     state = self._orbax.load_checkpointables(step, {"state": wanted})["state"]

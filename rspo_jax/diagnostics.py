@@ -10,33 +10,37 @@ from rspo_jax import reductions
 from rspo_jax.types import Array, Weighted
 
 
-class ShiftStatistics(NamedTuple):
-  """Per token, [B, T], slot-aligned, means over layers: drift (nats), overlap (share), log_shift = log gamma (nats)."""
-
-  drift: Array
-  overlap: Array
-  log_shift: Array
-
-
 class TokenStatistics(NamedTuple):
-  """Per token, [B, T], slot-aligned: log_prob, entropy, log_ratio in nats; the clip flags; shift, None if unwatched."""
+  """Per token, [B, T], slot-aligned.
+
+  log_prob, entropy, log_ratio: nats. clipped_low, clipped_high, stopped: see `rspo_jax.terms.Terms`. deviation: of the
+  router, over layers; log_shift = log gamma, nats; both None if unwatched. kl: to the reference, nats; mismatch_weight:
+  see `rspo_jax.mismatch`; None where they are off.
+  """
 
   log_prob: Array
   entropy: Array
   log_ratio: Array
   clipped_low: Array
   clipped_high: Array
-  shift: ShiftStatistics | None
+  stopped: Array
+  deviation: Array | None = None
+  log_shift: Array | None = None
+  kl: Array | None = None
+  mismatch_weight: Array | None = None
 
 
 class RouterSums(NamedTuple):
   """Sums over action tokens, which add up over parts of a batch.
 
-  load: [L, E] int32, choices of each expert. layer_drift: [L] float32, nats; None if the router is not watched.
+  load: [L, E] int32, choices of each expert. entropy: [L] float32, nats. deviation, overlap: [L] float32; None if the
+  router is not watched.
   """
 
   load: Array
-  layer_drift: Array | None
+  entropy: Array
+  deviation: Array | None = None
+  overlap: Array | None = None
 
 
 def token_metrics(tokens: TokenStatistics, mask: Array) -> dict[str, Array]:
@@ -59,28 +63,47 @@ def token_metrics(tokens: TokenStatistics, mask: Array) -> dict[str, Array]:
     "ratio/p50": p50,
     "ratio/p99": p99,
     "ratio/max": largest,
+    "ratio/tail": mean(jnp.abs(tokens.log_ratio) > jnp.log(2.0)),
+    "ratio/chi_square": mean(jnp.expm1(tokens.log_ratio) ** 2),
     "ratio/ess": reductions.effective_sample_size(tokens.log_ratio, mask),
     "clip/low": mean(tokens.clipped_low),
     "clip/high": mean(tokens.clipped_high),
+    "clip/effective": mean(tokens.stopped),
     "kl/approx": reductions.approx_kl(tokens.log_ratio, mask).mean,
   }
-  if tokens.shift is not None:
-    gamma = jnp.exp(tokens.shift.log_shift)
+  if tokens.log_shift is not None:
+    gamma = jnp.exp(tokens.log_shift)
+    p10, middle = reductions.masked_quantiles(gamma, mask, (0.1, 0.5))
     metrics |= {
       "shift/gamma_mean": mean(gamma),
-      "shift/gamma_p10": reductions.masked_quantiles(gamma, mask, (0.1,))[0],
-      "shift/floor_fraction": mean(tokens.shift.drift > -tokens.shift.log_shift),
-      "shift/drift": mean(tokens.shift.drift),
-      "router/overlap": mean(tokens.shift.overlap),
+      "shift/gamma_p10": p10,
+      "shift/gamma_p50": middle,
+      "shift/floor_fraction": mean(tokens.deviation > -tokens.log_shift),
+      "shift/drift": mean(tokens.deviation),
+      "shift/ratio_correlation": reductions.masked_correlation(tokens.deviation, jnp.abs(tokens.log_ratio), mask),
+    }
+  if tokens.kl is not None:
+    metrics["kl/reference"] = mean(tokens.kl)
+  if tokens.mismatch_weight is not None:
+    metrics |= {
+      "mismatch/weight_mean": mean(tokens.mismatch_weight),
+      "mismatch/dropped": mean(tokens.mismatch_weight == 0),
     }
   return metrics
 
 
 def router_metrics(router: RouterSums, mask: Array) -> dict[str, Array]:
-  """Load metrics and, if the router was watched, the mean drift of each layer ([L], nats)."""
-  metrics = load_metrics(router.load)
-  if router.layer_drift is not None:
-    metrics["shift/layer_drift"] = Weighted(router.layer_drift, mask.sum().astype(jnp.float32)).mean
+  """Load and entropy and, if the router was watched, drift and overlap of each layer ([L])."""
+  tokens = mask.sum().astype(jnp.float32)
+  metrics = load_metrics(router.load) | {"router/layer_entropy": Weighted(router.entropy, tokens).mean}
+  metrics["router/entropy"] = metrics["router/layer_entropy"].mean()
+  if router.deviation is not None:
+    overlap = Weighted(router.overlap, tokens).mean
+    metrics |= {
+      "shift/layer_drift": Weighted(router.deviation, tokens).mean,
+      "router/layer_overlap": overlap,
+      "router/overlap": overlap.mean(),
+    }
   return metrics
 
 

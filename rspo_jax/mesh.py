@@ -90,12 +90,18 @@ def state_shardings(policy: Policy, optimizer: optax.GradientTransformation, lay
   params = param_shardings(policy, layout)
   shapes = jax.eval_shape(policy.init, jax.random.key(0))
   everywhere = layout.sharding()
+
+  def is_masked(leaf):
+    """Where a frozen parameter has no moments (`rspo_jax.parameters.freeze`)."""
+    return isinstance(leaf, optax.MaskedNode)
+
   opt_state = optax.tree.map_params(
     optimizer,
-    lambda _, sharding: sharding,
+    lambda leaf, sharding: leaf if is_masked(leaf) else sharding,
     jax.eval_shape(optimizer.init, shapes),
     params,
     transform_non_params=lambda _: everywhere,
+    is_leaf=is_masked,
   )
   return TrainState(params=params, opt_state=opt_state, step=everywhere)
 

@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rspo_jax.penalties import kl
 from rspo_jax.types import Array, Weighted
 
 
@@ -70,20 +71,21 @@ def effective_sample_size(log_weight: Array, mask: Array) -> Array:
   return jnp.where(squares == 0, 0, weight.sum() ** 2 / jnp.where(squares == 0, 1, squares))
 
 
-def k3(log_ratio: Array) -> Array:
-  """The "k3" estimate of KL(p || q) per token from samples of p: r - 1 - log r with r = q / p.
+def masked_correlation(x: Array, y: Array, mask: Array) -> Array:
+  """Pearson's correlation of x and y where mask.
 
   Args:
-    log_ratio: log q - log p at tokens drawn from p, nats. With log pi_new - log pi_old at tokens that pi_old
-      drew, its mean estimates KL(pi_old || pi_new).
+    x, y: same shape, any real type. mask: bool, same shape.
   Returns:
-    Same shape, at least float32, nats, >= 0 (never negative, unlike -log_ratio, whose mean it shares).
-  Source: Schulman, "Approximating KL Divergence", 2020.
+    [] float32 in [-1, 1]; 0 where one of them does not vary. No gradient.
   """
-  log_ratio = log_ratio.astype(jnp.promote_types(log_ratio.dtype, jnp.float32))
-  return jnp.maximum(jnp.expm1(log_ratio) - log_ratio, 0)
+  x, y = (jax.lax.stop_gradient(_selected(value, mask, 0)) for value in (x, y))
+  count = jnp.maximum(mask.sum(), 1)
+  x, y = (jnp.where(mask, value - value.sum() / count, 0) for value in (x, y))
+  spread = jnp.sqrt(jnp.sum(x * x) * jnp.sum(y * y))
+  return jnp.where(spread > 0, jnp.sum(x * y) / jnp.where(spread > 0, spread, 1), 0)
 
 
 def approx_kl(log_ratio: Array, mask: Array) -> Weighted:
-  """Mean `k3` where mask, nats: KL(pi_old || pi_new) from log pi_new - log pi_old at tokens pi_old drew."""
-  return masked_mean(k3(_selected(log_ratio, mask, 0)), mask)
+  """Mean k3 estimate of KL(pi_old || pi_new) where mask, nats, from log pi_new - log pi_old at tokens pi_old drew."""
+  return masked_mean(kl(-_selected(log_ratio, mask, 0), jnp.zeros(()), "k3"), mask)

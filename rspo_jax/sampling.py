@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rspo_jax.routing import index_dtype, record_experts
 from rspo_jax.types import Array, Params, Policy, Rollout
 
 
@@ -20,6 +21,7 @@ class SamplingOptions:
     top_k: keep this many of the most likely tokens; 0 keeps all.
     top_p: then keep the smallest set of tokens whose probability reaches this, in (0, 1]; 1 keeps all.
     stop_ids: tokens that end a completion (and belong to it).
+    record_experts: keep the experts every token was sampled with, in `Rollout.expert_index`.
   """
 
   max_new_tokens: int
@@ -28,6 +30,7 @@ class SamplingOptions:
   top_k: int = 0
   top_p: float = 1.0
   stop_ids: tuple[int, ...] = ()
+  record_experts: bool = False
 
   def __post_init__(self):
     if self.max_new_tokens < 1 or self.samples_per_prompt < 1:
@@ -97,6 +100,9 @@ def sample(
   def repeat(leaf):
     return jnp.repeat(leaf, samples, axis=0) if leaf.ndim else leaf
 
+  def repeat_axis1(leaf):
+    return jnp.repeat(leaf, samples, axis=1)
+
   def draw(hidden, step):
     logits = policy.unembed(weights, hidden)
     drawn_from = truncated_log_prob(logits, options)
@@ -110,8 +116,13 @@ def sample(
     raw = jnp.sum(jnp.where(chosen, jax.nn.log_softmax(logits, axis=-1), 0.0), axis=-1)
     return token.astype(jnp.int32), jnp.sum(jnp.where(chosen, drawn_from, 0.0), axis=-1), raw
 
+  def look(router, probe_inputs):
+    """The probe: the chosen experts if they are asked for, else nothing."""
+    return record_experts(router, probe_inputs) if options.record_experts else ()
+
   weights = policy.for_decode(params, prompt_length + new)
-  hidden, _, cache = policy.prefill(weights, tokens, valid, policy.init_cache(prompts, prompt_length + new))
+  cache = policy.init_cache(prompts, prompt_length + new)
+  hidden, prompt_experts, cache = policy.prefill(weights, tokens, valid, cache, probe=look)
   cache = jax.tree.map(repeat, cache)
 
   def record(written, drawn, step, running):
@@ -122,11 +133,17 @@ def sample(
     )
 
   def body(carry):
-    step, token, running, length, cache, written = carry
-    hidden, _, cache = policy.decode(weights, token, running, cache)
+    step, token, running, length, cache, written, experts = carry
+    hidden, chosen, cache = policy.decode(weights, token, running, cache, probe=look)
     drawn = draw(hidden, step)
     written = record(written, drawn, step, running)
-    return step + 1, drawn[0], *advance(drawn[0], running, length), cache, written
+    # [L, B, K]: what routed this token, whose logits the token at `step` is drawn from
+    experts = jax.tree.map(
+      lambda kept, new: jax.lax.dynamic_update_index_in_dim(kept, jnp.moveaxis(new, 0, 1), step, axis=1),
+      experts,
+      chosen,
+    )
+    return step + 1, drawn[0], *advance(drawn[0], running, length), cache, written, experts
 
   def advance(token, running, length):
     return running & ~jnp.isin(token, stop_ids), length + running
@@ -135,9 +152,16 @@ def sample(
   everyone = jnp.ones(rows, bool)
   empty = (jnp.zeros((rows, new), jnp.int32), jnp.zeros((rows, new)), jnp.zeros((rows, new)))
   running, length = advance(drawn[0], everyone, jnp.zeros(rows, jnp.int32))
-  carry = (jnp.int32(1), drawn[0], running, length, cache, record(empty, drawn, 0, everyone))
+  # [L, P, Tp, K] by position -> [B, Tp + 1, L, K] by slot: the prompt's last position routed the first new token.
+  by_slot = jax.tree.map(
+    lambda x: jnp.pad(jnp.moveaxis(repeat_axis1(x), 0, 2), ((0, 0), (1, 0), (0, 0), (0, 0))), prompt_experts
+  )
+  experts = jax.tree.map(
+    lambda x: jnp.zeros((rows, new, *x.shape[2:]), index_dtype(policy.num_experts)).at[:, 0].set(x[:, -1]), by_slot
+  )
+  carry = (jnp.int32(1), drawn[0], running, length, cache, record(empty, drawn, 0, everyone), experts)
   carry = jax.lax.while_loop(lambda carry: (carry[0] < new) & jnp.any(carry[2]), body, carry)
-  _, _, running, length, _, (completions, drawn_log_prob, raw_log_prob) = carry
+  _, _, running, length, _, (completions, drawn_log_prob, raw_log_prob), experts = carry
 
   chosen = jnp.arange(new) < length[:, None]
 
@@ -152,4 +176,5 @@ def sample(
     sampler_log_prob=after_prompt(nothing, drawn_log_prob),
     log_prob=after_prompt(nothing, raw_log_prob),
     finished=~running,
+    expert_index=jnp.concatenate([by_slot[:, :-1], experts], axis=1) if options.record_experts else None,
   )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rspo_jax import routing
 from rspo_jax.minibatches import join_rows, split_rows
-from rspo_jax.types import Array, Params, Policy, RoutingTrace
+from rspo_jax.types import Array, Params, Policy, Replay, RoutingTrace
 
 
 class Scores(NamedTuple):
@@ -60,7 +60,16 @@ def token_log_prob(policy: Policy, params: Params, hidden: Array, tokens: Array,
 
 
 def score(
-  policy: Policy, params: Params, tokens: Array, valid: Array, *, microbatches: int = 1, chunk: int = 128
+  policy: Policy,
+  params: Params,
+  tokens: Array,
+  valid: Array,
+  *,
+  expert_index: Array | None = None,
+  all_experts: bool = False,
+  gates: bool = False,
+  microbatches: int = 1,
+  chunk: int = 128,
 ) -> Scores:
   """What the update calls "old": log-probabilities and routing of the policy that sampled, from one forward.
 
@@ -69,17 +78,21 @@ def score(
 
   Args:
     tokens: [B, T] int32; valid: [B, T] bool.
+    expert_index: [B, T, L, K], slot-aligned, experts to score with instead of the router's own choice: those of the
+      sampler (`Rollout.expert_index`) make it rollout routing replay (R3, arXiv 2510.11370).
+    all_experts, gates: what else the trace keeps, see `rspo_jax.routing.record_routing`.
     microbatches: pieces scored one after the other, to save memory.
     chunk: positions whose logits are held at once.
   """
-  probe = routing.record_routing(policy.router_log_prob)
+  probe = routing.record_routing(policy.router_log_prob, all_experts=all_experts, gates=gates)
 
   def score_piece(piece):
-    tokens, valid = piece
-    hidden, probed = policy.forward(params, tokens, valid, probe=probe)
+    tokens, valid, expert_index = piece
+    replay = None if expert_index is None else Replay(routing.slots_to_layers(expert_index))
+    hidden, probed = policy.forward(params, tokens, valid, probe=probe, replay=replay)
     log_prob, entropy = token_log_prob(policy, params, hidden, tokens, chunk=chunk)
     return Scores(log_prob, entropy, routing.stack_trace(probed))
 
   if microbatches == 1:
-    return score_piece((tokens, valid))
-  return join_rows(jax.lax.map(score_piece, split_rows((tokens, valid), microbatches)))
+    return score_piece((tokens, valid, expert_index))
+  return join_rows(jax.lax.map(score_piece, split_rows((tokens, valid, expert_index), microbatches)))

@@ -10,13 +10,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rspo_jax import diagnostics, objectives, reductions, routing
-from rspo_jax.diagnostics import RouterSums, ShiftStatistics, TokenStatistics
+from rspo_jax import balance, diagnostics, penalties, reductions, router_shift, routing
+from rspo_jax.aggregation import AGGREGATIONS, aggregate, aggregation_weight
+from rspo_jax.diagnostics import RouterSums, TokenStatistics
 from rspo_jax.minibatches import join_rows, split_rows
+from rspo_jax.mismatch import MismatchOptions, mismatch_weight
+from rspo_jax.parameters import stop_gradients
+from rspo_jax.router_shift import ShiftOptions
 from rspo_jax.scoring import token_log_prob
+from rspo_jax.sequence_objectives import gmpo
+from rspo_jax.terms import Objective
 from rspo_jax.types import Array, Layout, Params, Policy, TrainBatch, TrainState
 
 Step = Callable[..., tuple[TrainState, dict[str, Array]]]
+REPLAYS = ("none", "experts", "experts_and_gates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,26 +31,55 @@ class UpdateOptions:
   """What an update optimises, and in how many pieces.
 
   Attributes:
-    objective: a function of `rspo_jax.objectives`; bind its clip bounds and placement with functools.partial.
-    aggregation: how tokens and rows are averaged, one of `objectives.AGGREGATIONS`.
-    shift_floor: gamma_min of router shift, in (0, 1]. None takes no notice of the routing trace: the base objective.
+    objective: a function of `rspo_jax.token_objectives` or `rspo_jax.sequence_objectives`; bind its options (clip
+      bounds, ...) with functools.partial. The placement of router shift is bound from `shift`.
+    aggregation, norm_length: how tokens and rows are averaged, see `rspo_jax.aggregation.aggregate`.
+    shift: router shift, or None to take no notice of the routing trace: the base objective.
+    replay: "none"; "experts", every token keeps the experts of its trace (routing replay) under the live router's
+      gates; "experts_and_gates", it keeps both.
+    mismatch: correction for a sampler that is not the trainer, or None.
+    kl_coefficient, kl_estimator: of the KL term to the reference policy in the loss, per nat; 0 is off.
+    entropy_coefficient: of an entropy bonus, per nat; 0 is off.
+    load_balance_coefficient, router_z_coefficient: of the auxiliary losses of `rspo_jax.balance`, over all valid
+      tokens; 0 is off. With microbatches or pmap the first costs one more forward, so that it stays exact.
+    router_bias_rate: step of the bias on the experts' choice after every update; 0 is off.
+    frozen: patterns of parameter paths that get no gradient; freeze them in the optimizer too
+      (`rspo_jax.parameters.freeze`), or weight decay moves them.
     microbatches: pieces a minibatch is cut into to save memory; the update is the same.
     logits_chunk: positions whose logits are held at once.
   """
 
-  objective: objectives.Objective = objectives.gmpo
-  aggregation: str = "sequence_mean_token_mean"
-  shift_floor: float | None = 0.8
+  objective: Objective = gmpo
+  aggregation: str = "seq_mean_token_mean"
+  norm_length: int | None = None
+  shift: ShiftOptions | None = dataclasses.field(default_factory=ShiftOptions)
+  replay: str = "none"
+  mismatch: MismatchOptions | None = None
+  kl_coefficient: float = 0.0
+  kl_estimator: str = "k3"
+  entropy_coefficient: float = 0.0
+  load_balance_coefficient: float = 0.0
+  router_z_coefficient: float = 0.0
+  router_bias_rate: float = 0.0
+  frozen: tuple[str, ...] = ()
   microbatches: int = 1
   logits_chunk: int = 128
 
   def __post_init__(self):
-    if self.aggregation not in objectives.AGGREGATIONS:
-      raise ValueError(f"aggregation is {self.aggregation!r}; want one of {objectives.AGGREGATIONS}.")
-    if self.shift_floor is not None and not 0 < self.shift_floor <= 1:
-      raise ValueError(f"shift_floor is {self.shift_floor}; want a value in (0, 1], or None for no router shift.")
+    for name, known in (("aggregation", AGGREGATIONS), ("replay", REPLAYS), ("kl_estimator", penalties.KL_ESTIMATORS)):
+      if getattr(self, name) not in known:
+        raise ValueError(f"{name} is {getattr(self, name)!r}; want one of {known}.")
+    if self.aggregation == "seq_mean_token_sum_norm" and not (self.norm_length and self.norm_length > 0):
+      raise ValueError(
+        f"norm_length is {self.norm_length}, but 'seq_mean_token_sum_norm' divides by it; want the largest number of "
+        "new tokens a completion may have."
+      )
     if self.microbatches < 1 or self.logits_chunk < 1:
       raise ValueError(f"microbatches is {self.microbatches} and logits_chunk {self.logits_chunk}; both start at 1.")
+
+  @property
+  def watches_balance(self) -> bool:
+    return bool(self.load_balance_coefficient or self.router_z_coefficient)
 
 
 class Pieces(NamedTuple):
@@ -94,10 +130,98 @@ def _gradient_step(
   return new_state, value, pieces, optax.global_norm(gradient)
 
 
-def _global(weight: Array, axis_name: str | None) -> Array:
-  """A normaliser of the whole minibatch; at least 1, so that an empty one gives 0 and not NaN."""
-  weight = weight if axis_name is None else jax.lax.psum(weight, axis_name)
-  return jnp.maximum(weight, 1)
+class Normalisers(NamedTuple):
+  """What the losses of a minibatch's pieces are divided by; known before any gradient.
+
+  weight: [], of the objective's aggregation. tokens: [], valid tokens. choices: [L, E] int32, of the experts over the
+  whole minibatch; None where the piece is the whole or nothing asks for it. floor: of router shift, None without.
+  """
+
+  weight: Array
+  tokens: Array
+  choices: Array | None
+  floor: float | Array | None
+
+
+def make_loss(policy: Policy, options: UpdateOptions) -> Callable[..., tuple[Array, Pieces]]:
+  """The loss of one piece of a minibatch: (params, batch, Normalisers) -> (loss [], Pieces).
+
+  The losses of all pieces, and their gradients, add up to those of the minibatch. Raises ValueError where the batch
+  lacks what the options ask for.
+  """
+  if options.shift is not None:
+    objective = functools.partial(options.objective, placement=options.shift.placement)
+  else:
+    objective = options.objective
+
+  def mean_of(values: Array, mask: Array, norms: Normalisers) -> Array:
+    values = jnp.where(mask, values, 0)
+    return aggregate(values, mask, options.aggregation, norm_length=options.norm_length).total / norms.weight
+
+  def loss(params: Params, batch: TrainBatch, norms: Normalisers) -> tuple[Array, Pieces]:
+    mask = batch.action_mask
+    params = stop_gradients(params, options.frozen)
+    hidden, by_layer, router, load = _watched_forward(policy, params, batch, options)
+    deviation = log_shift = weight = kl = None
+    if options.shift is not None:
+      deviation = router_shift.combine_deviation(by_layer, mask, options.shift)
+      log_shift = router_shift.router_log_shift(deviation, floor=norms.floor)
+    log_prob, entropy = token_log_prob(policy, params, hidden, batch.tokens, chunk=options.logits_chunk)
+    log_ratio = log_prob - batch.old_log_prob
+    terms = objective(log_ratio, batch.advantage, mask, log_shift=log_shift)
+    values = terms.objective
+    if options.mismatch is not None:
+      weight = mismatch_weight(batch.old_log_prob, batch.sampler_log_prob, mask, options.mismatch)
+      values = values * weight
+    gain = mean_of(values, mask, norms)
+    if options.entropy_coefficient:
+      gain += options.entropy_coefficient * mean_of(entropy, mask, norms)
+    if options.kl_coefficient:
+      kl = penalties.kl(log_prob, batch.reference_log_prob, options.kl_estimator)
+      gain -= options.kl_coefficient * mean_of(kl, mask, norms)
+    losses = {}
+    if options.watches_balance:
+      choices = load.choices if norms.choices is None else norms.choices
+      losses = {
+        "loss/load_balance": balance.load_balance_loss(load.probability, choices, norms.tokens),
+        "loss/router_z": balance.router_z_loss(load.z, norms.tokens),
+      }
+      gain -= options.load_balance_coefficient * losses["loss/load_balance"]
+      gain -= options.router_z_coefficient * losses["loss/router_z"]
+    seen = TokenStatistics(
+      log_prob,
+      entropy,
+      log_ratio,
+      terms.clipped_low,
+      terms.clipped_high,
+      terms.stopped,
+      deviation,
+      log_shift,
+      kl,
+      weight,
+    )
+    return -gain, Pieces(*jax.lax.stop_gradient((seen, (router, losses))))
+
+  return loss
+
+
+def normalisers(
+  policy: Policy, options: UpdateOptions, state: TrainState, batch: TrainBatch, axis_name: str | None = None
+) -> Normalisers:
+  """`Normalisers` of a whole minibatch; under `pmap`, of the minibatch that all devices share."""
+  _check_batch(batch, options)
+
+  def everywhere(x):
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+  # At least 1, so that an empty minibatch gives 0 and not NaN.
+  weight = jnp.maximum(everywhere(aggregation_weight(batch.action_mask, options.aggregation)), 1)
+  tokens = jnp.maximum(everywhere(batch.valid.sum()), 1)
+  choices = None
+  if options.load_balance_coefficient and (options.microbatches > 1 or axis_name is not None):
+    count = lambda part: _watched_forward(policy, state.params, part, options)[3].choices  # noqa: E731
+    choices = everywhere(jax.lax.map(count, split_rows(batch, options.microbatches)).sum(axis=0))
+  return Normalisers(weight, tokens, choices, None if options.shift is None else options.shift.floor_at(state.step))
 
 
 def make_train_step(policy: Policy, optimizer: optax.GradientTransformation, options: UpdateOptions) -> Step:
@@ -105,43 +229,48 @@ def make_train_step(policy: Policy, optimizer: optax.GradientTransformation, opt
 
   Args:
     policy: what is trained. optimizer: any optax transformation; wrap it in `skip_nonfinite` to survive NaN.
-    options: objective, router shift, microbatches.
+    options: objective, router strategies, microbatches.
   Returns:
     step(state, batch, axis_name=None) -> (state, metrics), pure. Under `jax.pmap` pass the axis name; under jit over a
     mesh leave it None. Normalisers are taken over the whole minibatch before any gradient, so microbatches and
     devices do not change the update. `metrics` holds the names of `rspo_jax.metrics.METRICS` that an update knows.
+  Raises:
+    ValueError: router_bias_rate for a policy without such a bias.
   """
-
-  def loss(params: Params, batch: TrainBatch, weight: Array) -> tuple[Array, Pieces]:
-    mask = batch.action_mask
-    hidden, shift, router = _watched_forward(policy, params, batch, options)
-    log_prob, entropy = token_log_prob(policy, params, hidden, batch.tokens, chunk=options.logits_chunk)
-    log_ratio = log_prob - batch.old_log_prob
-    terms = options.objective(log_ratio, batch.advantage, mask, log_shift=None if shift is None else shift.log_shift)
-    objective = objectives.aggregate(terms, mask, options.aggregation).total / weight
-    seen = TokenStatistics(log_prob, entropy, log_ratio, terms.clipped_low, terms.clipped_high, shift)
-    return -objective, Pieces(jax.lax.stop_gradient(seen), router)
+  if options.router_bias_rate and policy.add_router_bias is None:
+    raise ValueError(
+      f"router_bias_rate is {options.router_bias_rate}, but this model has no bias on its experts' choice; set the "
+      "rate to 0, or give the model one (router_bias)."
+    )
+  loss = make_loss(policy, options)
 
   def step(state: TrainState, batch: TrainBatch, axis_name: str | None = None):
-    chex.assert_equal_shape([batch.tokens, batch.valid, batch.action_mask, batch.old_log_prob])
-    weight = _global(objectives.aggregation_weight(batch.action_mask, options.aggregation), axis_name)
+    norms = normalisers(policy, options, state, batch, axis_name)
+    before = state.opt_state
     state, value, pieces, norm = _gradient_step(
       optimizer,
-      lambda params, part: loss(params, part, weight),
+      lambda params, part: loss(params, part, norms),
       state,
       batch,
       options.microbatches,
       axis_name,
     )
+    router, losses = pieces.sums
+    if options.router_bias_rate:
+      rate = jnp.where(_skips(state.opt_state) == _skips(before), options.router_bias_rate, 0.0)
+      bias_step = balance.router_bias_step(router.load, rate)
+      state = state.replace(params=policy.add_router_bias(state.params, bias_step))
     mask = batch.action_mask
     if axis_name is not None:
       mask = jax.lax.all_gather(mask, axis_name, tiled=True)
     return state, {
       "loss/objective": -value,
       "grad/norm": norm,
+      **({} if norms.floor is None else {"shift/floor": jnp.float32(norms.floor)}),
+      **losses,
       **_skipped(state),
       **diagnostics.token_metrics(pieces.rows, mask),
-      **diagnostics.router_metrics(pieces.sums, mask),
+      **diagnostics.router_metrics(router, mask),
     }
 
   return step
@@ -153,13 +282,14 @@ def make_supervised_step(
   """Maximum likelihood of the action tokens (the warm start). As `make_train_step`; advantage and old values unused."""
 
   def step(state: TrainState, batch: TrainBatch, axis_name: str | None = None):
-    weight = _global(batch.action_mask.sum(), axis_name)
+    weight = batch.action_mask.sum()
+    weight = jnp.maximum(weight if axis_name is None else jax.lax.psum(weight, axis_name), 1)
 
     def loss(params, part):
-      hidden, load = policy.forward(params, part.tokens, part.valid, probe=_load_probe(part))
+      hidden, router = policy.forward(params, part.tokens, part.valid, probe=_load_probe(policy, part))
       log_prob, _ = token_log_prob(policy, params, hidden, part.tokens, chunk=logits_chunk)
       total = reductions.masked_mean(log_prob, part.action_mask).total
-      return -total / weight, Pieces((), RouterSums(load, None))
+      return -total / weight, Pieces((), router)
 
     state, value, pieces, norm = _gradient_step(optimizer, loss, state, batch, microbatches, axis_name)
     return state, {
@@ -190,32 +320,56 @@ def pmap_step(step: Step, devices: list[jax.Device] | None = None) -> Step:
   return jax.pmap(lambda state, batch: step(state, batch), axis_name="data", devices=devices, donate_argnums=0)
 
 
-def _load_probe(batch: TrainBatch):
-  return routing.count_load(routing.to_positions(batch.action_mask))
+def _load_probe(policy: Policy, batch: TrainBatch):
+  return routing.count_load(policy.router_log_prob, routing.to_positions(batch.action_mask))
+
+
+def _check_batch(batch: TrainBatch, options: UpdateOptions) -> None:
+  chex.assert_equal_shape([batch.tokens, batch.valid, batch.action_mask, batch.old_log_prob])
+  for wanted, field, cure in (
+    (options.shift is not None, "old_routing", "put the trace of `scoring.score` into it, or set shift to None"),
+    (options.replay != "none", "old_routing", "put the trace of `scoring.score` into it, or set replay to 'none'"),
+    (options.mismatch is not None, "sampler_log_prob", "put `Rollout.log_prob` into it, or set mismatch to None"),
+    (options.kl_coefficient != 0, "reference_log_prob", "score the reference policy, or set kl_coefficient to 0"),
+  ):
+    if wanted and getattr(batch, field) is None:
+      raise ValueError(f"the options ask for {field}, but the batch has none; {cure}.")
+  deviation = options.shift.deviation if options.shift else ""
+  if deviation == "kl" and batch.old_routing.all_log_prob is None:
+    raise ValueError("deviation 'kl' needs the log-probabilities of all experts; score with all_experts=True.")
 
 
 def _watched_forward(policy: Policy, params: Params, batch: TrainBatch, options: UpdateOptions):
-  """One training forward: (hidden, ShiftStatistics or None, RouterSums)."""
-  if options.shift_floor is None:
-    hidden, load = policy.forward(params, batch.tokens, batch.valid, probe=_load_probe(batch))
-    return hidden, None, RouterSums(load, None)
-  if batch.old_routing is None:
-    raise ValueError(
-      f"shift_floor is {options.shift_floor} but the batch has no old_routing; put the trace of `scoring.score` into "
-      "it, or set shift_floor to None for the base objective."
-    )
-  probe = routing.watch_routing(policy.router_log_prob, routing.to_positions(batch.action_mask))
-  hidden, seen = policy.forward(
-    params, batch.tokens, batch.valid, probe=probe, probe_inputs=routing.trace_for_probe(batch.old_routing)
+  """One training forward: (hidden, deviation by layer [L, B, T] by slot or None, RouterSums, BalanceSums or None)."""
+  at = routing.to_positions(batch.action_mask)
+  watched = options.shift is not None
+  if watched:
+    watch = routing.watch_routing(policy.router_log_prob, at, deviation=options.shift.deviation)
+  else:
+    watch = routing.count_load(policy.router_log_prob, at)
+  load = balance.watch_balance(batch.valid) if options.watches_balance else lambda router, probe_inputs: None
+  replay = None
+  if options.replay != "none":
+    replay = routing.replay_of(batch.old_routing, gates=options.replay == "experts_and_gates")
+  hidden, (seen, balanced) = policy.forward(
+    params,
+    batch.tokens,
+    batch.valid,
+    probe=lambda router, probe_inputs: (watch(router, probe_inputs), load(router, probe_inputs)),
+    probe_inputs=routing.trace_for_probe(batch.old_routing.replace(gate=None)) if watched else None,
+    replay=replay,
   )
-  by_layer = routing.to_slots(seen.drift, axis=2)
-  drift = by_layer.mean(axis=0)
-  shift = ShiftStatistics(
-    drift=drift,
-    overlap=routing.to_slots(seen.overlap, axis=2).mean(axis=0),
-    log_shift=routing.router_log_shift(drift, floor=options.shift_floor),
-  )
-  return hidden, shift, RouterSums(seen.load, jnp.sum(jnp.where(batch.action_mask, by_layer, 0), axis=(1, 2)))
+  if not watched:
+    return hidden, None, RouterSums(seen.load, seen.entropy), balanced
+  by_layer = routing.to_slots(seen.deviation, axis=2)
+  total = jnp.sum(jnp.where(batch.action_mask, by_layer, 0), axis=(1, 2))
+  return hidden, by_layer, RouterSums(seen.load, seen.entropy, total, seen.overlap), balanced
+
+
+def _skips(opt_state: optax.OptState) -> Array | int:
+  """Updates skipped so far, 0 for an optimizer that does not count them."""
+  skips = optax.tree.get(opt_state, "total_notfinite")
+  return 0 if skips is None else skips
 
 
 def _skipped(state: TrainState) -> dict[str, Array]:

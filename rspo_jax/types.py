@@ -20,18 +20,39 @@ Params = Any  # a pytree of arrays
 Cache = Any  # a pytree: leaves of rank >= 1 lead with the batch axis, scalars are shared by all rows
 
 
+class RouterOutput(NamedTuple):
+  """What the router of one layer did. logits [B, T, E] float32; expert_index [B, T, K] int32 and gate [B, T, K]
+  float32, the choice and the weights that the layer executes."""
+
+  logits: Array
+  expert_index: Array
+  gate: Array
+
+
+class Replay(NamedTuple):
+  """Routing that a forward is to repeat instead of choosing; position-aligned.
+
+  Attributes:
+    expert_index: [L, B, T, K] integers: the experts of every position. Their weights come from the live router, with
+      gradient,
+    gate: unless they are given too, [L, B, T, K] float32.
+  """
+
+  expert_index: Array
+  gate: Array | None = None
+
+
 class Probe(Protocol):
   """Looks at one mixture-of-experts layer inside the layer scan; what it returns is stacked over layers."""
 
-  def __call__(self, router_logits: Array, expert_index: Array, probe_inputs: Any) -> Any:
-    """router_logits [B, T, E] float32; expert_index [B, T, K] int32, the choice the layer executes; probe_inputs is
-    this layer's slice of what `Policy.forward` was given (None if it was given None)."""
+  def __call__(self, router: RouterOutput, probe_inputs: Any) -> Any:
+    """probe_inputs is this layer's slice of what `Policy.forward` was given (None if it was given None)."""
 
 
-def router_logits_probe(router_logits: Array, expert_index: Array, probe_inputs: Any) -> Array:
+def router_logits_probe(router: RouterOutput, probe_inputs: Any) -> Array:
   """The default probe: hands out the router logits, so a forward returns them as [L, B, T, E]."""
-  del expert_index, probe_inputs
-  return router_logits
+  del probe_inputs
+  return router.logits
 
 
 class Policy(NamedTuple):
@@ -42,7 +63,7 @@ class Policy(NamedTuple):
     logical_axes: () -> a pytree like params whose leaves are tuples of logical axis names, one per array axis.
     forward: (params, tokens [B, T] int32, valid [B, T] bool, *, probe, probe_inputs, replay) -> (hidden [B, T, D],
       probed). `probe` defaults to `router_logits_probe`; every leaf of `probe_inputs` and of `probed` leads with L.
-      `replay` [L, B, T, K] int32 pins the experts of every position; gates still come from the live router.
+      `replay`, a `Replay`, pins the experts of every position (and their gates, if it holds them).
     unembed: (params, hidden [..., D]) -> logits [..., V] float32.
     for_decode: (params, slots) -> the same weights laid out for `decode` and `prefill`, for caches of that many slots;
       call it once, outside the decode loop.
@@ -53,6 +74,8 @@ class Policy(NamedTuple):
     router_log_prob: router logits [..., E] -> log-probabilities [..., E] float32 of the router, as router shift
       compares them (softmax over all experts for softmax routers, log-sigmoid for sigmoid routers).
     num_moe_layers, num_experts, experts_per_token, vocab_size: L, E, K, V.
+    add_router_bias: (params, [L, E] float32) -> params with that added to the bias on each expert's choice; None for a
+      model without such a bias.
   """
 
   init: Callable[[Array], Params]
@@ -68,6 +91,7 @@ class Policy(NamedTuple):
   num_experts: int
   experts_per_token: int
   vocab_size: int
+  add_router_bias: Callable[[Params, Array], Params] | None = None
 
 
 class Layout(NamedTuple):
@@ -116,10 +140,14 @@ class RoutingTrace:
     expert_index: [B, T, L, K] uint8 (E <= 256) or uint16.
     log_prob: [B, T, L, K] float16, the router's log-probability of those experts, nats. The deviation is taken
       against new values rounded the same way, so an unmoved router deviates by exactly 0.
+    all_log_prob: [B, T, L, E] float16, of all experts; only where router shift's deviation asks for it.
+    gate: [B, T, L, K] float32, the weights of the chosen experts; only where they are to be replayed.
   """
 
   expert_index: Array
   log_prob: Array
+  all_log_prob: Array | None = None
+  gate: Array | None = None
 
 
 @struct.dataclass
@@ -132,6 +160,8 @@ class Rollout:
     sampler_log_prob: [B, T] float32, nats, of the distribution each token was drawn from (tempered, truncated).
     log_prob: [B, T] float32, nats, of the same tokens at temperature 1 without truncation.
     finished: [B] bool, ended by a stop token; False means cut off at the length limit.
+    expert_index: [B, T, L, K] uint8 or uint16, slot-aligned, the experts every token was sampled with; None unless
+      `SamplingOptions.record_experts`.
   """
 
   tokens: Array
@@ -140,6 +170,7 @@ class Rollout:
   sampler_log_prob: Array
   log_prob: Array
   finished: Array
+  expert_index: Array | None = None
 
 
 @struct.dataclass
@@ -149,8 +180,11 @@ class TrainBatch:
   Attributes:
     tokens, valid, action_mask: as in `Rollout`.
     old_log_prob: [B, T] float32, nats, under the policy that sampled.
-    advantage: [B] float32.
+    advantage: [B] float32, or [B, T] for objectives of tokens.
     old_routing: the trace of the forward that gave old_log_prob, or None when the router is not watched.
+    sampler_log_prob: [B, T] float32, nats, at temperature 1 under the sampler's own forward; None when it is taken to
+      agree with the trainer's.
+    reference_log_prob: [B, T] float32, nats, under the reference policy; None without a KL term in the loss.
   """
 
   tokens: Array
@@ -159,6 +193,8 @@ class TrainBatch:
   old_log_prob: Array
   advantage: Array
   old_routing: RoutingTrace | None = None
+  sampler_log_prob: Array | None = None
+  reference_log_prob: Array | None = None
 
 
 @struct.dataclass

@@ -6,8 +6,9 @@ import pytest
 from experiments import runtime
 from experiments.config import check_divides, config_dict, read_config
 from experiments.configs import countdown_tiny
-from experiments.wiring import build, make_optimizer, update_options
+from experiments.wiring import build, make_optimizer, recipe, update_options
 from rspo_jax import objectives
+from rspo_jax.token_objectives import grpo
 
 
 def changed(**dotted):
@@ -35,14 +36,19 @@ def test_a_config_survives_the_way_through_ml_collections():
     ("model__hiden_size", 8, "did you mean config.model.hidden_size?"),
     ("rl__steps", "ten", "config.rl.steps is 'ten' .str.; want int"),
     ("rl__steps", True, "want int"),
-    ("objective__router_shift", 1, "want bool"),
+    ("router__shift", 1, "want bool"),
     ("rl", 3, "config.rl is 3; want a group"),
-    ("objective__name", "ppo", "want one of gmpo, grpo, gspo"),
+    ("objective__name", "ppo", "want one of cispo, dapo, dr_grpo"),
     ("data__name", "countup", "config.data.name is 'countup'; want one of countdown"),
     ("rl__samples_per_prompt", 1, "config.rl.samples_per_prompt is 1; want 2 or more"),
     ("rl__minibatches", 7, "does not divide into 7 minibatches"),
     ("model__num_experts_per_tok", 99, "want 1 to num_experts"),
-    ("objective__shift_floor", 1.5, "in .0, 1"),
+    ("router__shift_floor", 1.5, "in .0, 1"),
+    ("router__placement", "late", "placement is 'late'; want one of"),
+    ("router__replay", "r2", "config.router.replay is 'r2'; want one of none, scoring, sampler"),
+    ("objective__tau_pos", 2.0, "config.objective.tau_pos is 2.0, but gmpo has no such option; it has .*eps_low"),
+    ("objective__scale", "batch_std", "config.objective.scale is 'batch_std'.*sequence"),
+    ("mismatch__correction", "ris", "want one of none, tis, mis, icepop"),
   ],
 )
 def test_mistakes_are_told_with_their_key_and_a_cure(key, value, message):
@@ -79,9 +85,36 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):
 
 def test_objective_settings_reach_the_update():
   options = update_options(read_config(changed(objective__name="grpo", objective__eps_low=0.1)))
-  assert options.objective.func is objectives.grpo and options.objective.keywords["eps_low"] == 0.1
-  assert options.shift_floor == 0.8
-  assert update_options(read_config(changed(objective__router_shift=False))).shift_floor is None
+  assert options.objective.func is grpo and options.objective.keywords == {"eps_low": 0.1}
+  assert options.shift.floor == 0.8
+  assert update_options(read_config(changed(router__shift=False))).shift is None
+  sapo = update_options(read_config(changed(objective__name="sapo", objective__tau_neg=1.2)))
+  assert sapo.objective.keywords == {"tau_neg": 1.2}
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_every_named_objective_makes_an_update_with_its_own_surroundings(name):
+  config = read_config(changed(objective__name=name))
+  options, chosen = update_options(config), recipe(config)
+  named = objectives.OBJECTIVES[name]
+  assert (options.aggregation, chosen.baseline, chosen.scale) == named[1:]
+  assert options.norm_length == config.sampling.max_new_tokens
+
+
+def test_the_floor_schedule_begins_with_rl():
+  given = changed(router__shift_floor_updates=10, router__shift_floor_start=1.0, router__shift_floor=0.5)
+  config = read_config(given)
+  floor = update_options(config).shift.floor
+  begin = config.warm_start.steps
+  assert [float(floor(begin + step)) for step in (0, 5, 10, 99)] == [1.0, 0.75, 0.5, 0.5]
+
+
+def test_an_option_without_a_default_can_be_set_by_a_flag_and_only_to_its_type():
+  given = countdown_tiny.get_config()
+  given.objective.eps_low = 0.3
+  assert read_config(given).objective.eps_low == 0.3
+  with pytest.raises(TypeError):
+    given.objective.eps_low = "wide"
 
 
 def test_the_schedule_warms_up_and_ends_at_its_final_fraction():

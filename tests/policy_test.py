@@ -9,7 +9,7 @@ import tiny
 from models.config import TransformerConfig
 from models.policy import build_policy
 from rspo_jax import mesh
-from rspo_jax.types import Layout
+from rspo_jax.types import Layout, Replay
 
 
 def outputs(policy, params, tokens, valid, **keywords):
@@ -30,8 +30,8 @@ def test_a_probe_sees_the_choice_that_the_layer_executes_and_its_own_slice_of_th
   policy, params = tiny.policy_and_params()
   tokens, valid = tiny.prompts()
 
-  def probe(router_logits, expert_index, probe_inputs):
-    return router_logits, expert_index, probe_inputs
+  def probe(router, probe_inputs):
+    return router.logits, router.expert_index, probe_inputs
 
   layers = jnp.arange(policy.num_moe_layers)
   _, (router_logits, expert_index, seen) = outputs(policy, params, tokens, valid, probe=probe, probe_inputs=layers)
@@ -43,11 +43,46 @@ def test_replaying_the_own_choice_changes_nothing_and_another_choice_is_executed
   policy, params = tiny.policy_and_params()
   tokens, valid = tiny.prompts()
   expected, router_logits = outputs(policy, params, tokens, valid)
-  own = jax.lax.top_k(router_logits, 2)[1]
+  own = Replay(jax.lax.top_k(router_logits, 2)[1])
   same, _ = outputs(policy, params, tokens, valid, replay=own)
   np.testing.assert_array_equal(same, expected)
-  other, _ = outputs(policy, params, tokens, valid, replay=jax.lax.top_k(-router_logits, 2)[1])
+  other, _ = outputs(policy, params, tokens, valid, replay=Replay(jax.lax.top_k(-router_logits, 2)[1]))
   assert np.abs(other - expected)[np.asarray(valid)].max() > 1e-3
+
+
+def test_replayed_gates_are_executed_as_they_are_and_leave_the_router_without_gradient():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+  expected, router = outputs(policy, params, tokens, valid, probe=lambda router, probe_inputs: router)
+  same, _ = outputs(policy, params, tokens, valid, replay=Replay(router.expert_index, router.gate))
+  np.testing.assert_array_equal(same, expected)
+  other, _ = outputs(policy, params, tokens, valid, replay=Replay(router.expert_index, router.gate * 2))
+  assert np.abs(other - expected)[np.asarray(valid)].max() > 1e-3
+
+  def total(params, replay):
+    return jnp.sum(policy.forward(params, tokens, valid, replay=replay)[0] ** 2 * valid[..., None])
+
+  of_router = [
+    jax.jit(jax.grad(total))(params, Replay(router.expert_index, gate))["layers_0"]["moe"]["router"]
+    for gate in (None, router.gate)
+  ]
+  assert of_router[0].any() and not of_router[1].any()
+
+
+def test_a_router_bias_moves_the_choice_but_not_the_gates_and_has_no_gradient():
+  biased = build_policy(dataclasses.replace(tiny.CONFIG, router_bias=True))
+  params = jax.jit(biased.init)(jax.random.key(0))
+  tokens, valid = tiny.prompts()
+  _, before = outputs(biased, params, tokens, valid, probe=lambda router, probe_inputs: router)
+  step = jnp.zeros((biased.num_moe_layers, 4)).at[1, 3].set(10.0)
+  moved = biased.add_router_bias(params, step)
+  _, after = outputs(biased, moved, tokens, valid, probe=lambda router, probe_inputs: router)
+  np.testing.assert_array_equal(after.expert_index[0], before.expert_index[0])
+  assert (after.expert_index[1] == 3).any(axis=-1).all() and not (before.expert_index[1] == 3).any(axis=-1).all()
+  chosen = jnp.take_along_axis(jax.nn.softmax(after.logits), after.expert_index, axis=-1)
+  np.testing.assert_allclose(after.gate, chosen / chosen.sum(-1, keepdims=True), rtol=1e-5)
+  gradient = jax.jit(jax.grad(lambda params: jnp.sum(biased.forward(params, tokens, valid)[0] ** 2)))(moved)
+  assert not any(gradient[f"layers_{i}"]["moe"]["router_bias"].any() for i in (0, 2))
 
 
 def test_prefill_and_decode_repeat_the_full_forward():

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rspo_jax.reductions import approx_kl, effective_sample_size, k3, masked_mean, masked_quantiles
+from rspo_jax.reductions import (
+  approx_kl,
+  effective_sample_size,
+  masked_correlation,
+  masked_mean,
+  masked_quantiles,
+)
 
 QS = (0.0, 0.01, 0.1, 0.25, 0.5, 0.9, 0.99, 1.0)
 eager_and_jitted = pytest.mark.parametrize("way", [lambda f: f, jax.jit], ids=["eager", "jit"])
@@ -95,14 +101,30 @@ def test_effective_sample_size_ignores_an_offset_that_would_overflow(way):
     np.testing.assert_allclose(way(effective_sample_size)(log_weight + np.float32(offset), mask), 2 / 3, rtol=1e-5)
 
 
-@given(st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=20))
+@given(values_and_mask, st.integers(0, 3))
 @settings(max_examples=50, deadline=None)
-def test_k3_is_its_formula_and_never_negative(log_ratio):
-  log_ratio = np.asarray(log_ratio, np.float32)
-  got = k3(jnp.asarray(log_ratio))
-  assert (got >= 0).all()
-  exact = np.expm1(log_ratio.astype(np.float64)) - log_ratio
-  np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-6)
+def test_correlation_equals_numpy_on_the_subset_whatever_is_masked_out(data, seed):
+  x, mask = data
+  y = np.random.default_rng(seed).normal(size=x.shape) + x / 50
+  got = masked_correlation(junk_outside(x, mask), junk_outside(y, mask), mask)
+  chosen = x[mask]
+  if chosen.size < 2 or np.ptp(chosen) < 1e-3 * np.abs(chosen).max():  # float32 cannot tell these apart well
+    assert -1.001 <= got <= 1.001
+    return
+  np.testing.assert_allclose(got, np.corrcoef(chosen, y[mask])[0, 1], rtol=1e-3, atol=1e-3)
+
+
+@eager_and_jitted
+def test_correlation_by_hand(way):
+  run = way(masked_correlation)
+  mask = np.asarray([True, True, True, False])
+  x = np.asarray([1, 2, 4, np.nan], np.float32)
+  for scale in (2.0, -0.1):
+    np.testing.assert_allclose(run(x, (x * scale + 3).astype(np.float32), mask), np.sign(scale), rtol=1e-6)
+  constant = np.asarray([2, 2, 2, np.inf], np.float32)
+  assert run(x, constant, mask) == run(constant, x, mask) == run(x, x, mask & False) == 0
+  gradient = way(jax.grad(masked_correlation, argnums=(0, 1)))(x, x, mask)
+  assert not any(g.any() for g in gradient)
 
 
 def test_approx_kl_estimates_the_divergence_of_the_new_from_the_old_policy():

@@ -19,6 +19,7 @@ from experiments.config import (
   ExperimentConfig,
   ObjectiveConfig,
   RLConfig,
+  RouterConfig,
   WarmStartConfig,
 )
 from experiments.progress import Progress
@@ -151,16 +152,16 @@ def test_standard_error_is_over_problems_and_only_of_answers_that_belong_to_the_
 
 
 @pytest.mark.parametrize(
-  ("objective", "name"),
+  ("objective", "shift", "name"),
   [
-    (ObjectiveConfig("gmpo"), "RSPO (GMPO + router shift)"),
-    (ObjectiveConfig("gmpo", router_shift=False), "GMPO"),
-    (ObjectiveConfig("grpo"), "GRPO + router shift"),
+    ("gmpo", True, "RSPO (GMPO + router shift)"),
+    ("gmpo", False, "GMPO"),
+    ("grpo", True, "GRPO + router shift"),
   ],
 )
 @pytest.mark.usefixtures("no_pictures")
-def test_objective_is_called_by_its_name(tmp_path, objective, name):
-  config = dataclasses.replace(CONFIG, objective=objective)
+def test_objective_is_called_by_its_name(tmp_path, objective, shift, name):
+  config = dataclasses.replace(CONFIG, objective=ObjectiveConfig(objective), router=RouterConfig(shift=shift))
   assert summary_of(make_run(tmp_path), config)["objective"] == name
   assert f"<h1>{name} on countdown</h1>" in html_of(tmp_path, config)
 

@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rspo_jax.router_shift import DEVIATIONS, router_log_shift
 from rspo_jax.routing import (
   count_load,
   expert_load,
-  expert_overlap,
   record_routing,
-  router_drift,
-  router_log_shift,
+  replay_of,
   stack_trace,
   to_positions,
   to_slots,
   trace_for_probe,
   watch_routing,
 )
+from rspo_jax.types import RouterOutput
 
 L, B, T, E, K = 3, 2, 6, 16, 4
 eager_and_jitted = pytest.mark.parametrize("way", [lambda f: f, jax.jit], ids=["eager", "jit"])
@@ -39,18 +39,20 @@ def through_layers(probe, logits, probe_inputs=None):
 
   def layer(carry, x):
     layer_logits, layer_inputs = x
-    return carry, probe(layer_logits, jax.lax.top_k(layer_logits, K)[1], layer_inputs)
+    gate, expert_index = jax.lax.top_k(jax.nn.softmax(layer_logits), K)
+    return carry, probe(RouterOutput(layer_logits, expert_index, gate), layer_inputs)
 
   return jax.lax.scan(layer, 0, (logits, probe_inputs))[1]
 
 
-def record(logits, router_log_prob=jax.nn.log_softmax):
-  return stack_trace(through_layers(record_routing(router_log_prob), logits))
+def record(logits, router_log_prob=jax.nn.log_softmax, **kept):
+  return stack_trace(through_layers(record_routing(router_log_prob, **kept), logits))
 
 
-def watch(logits, trace, router_log_prob=jax.nn.log_softmax, mask=None):
+def watch(logits, trace, router_log_prob=jax.nn.log_softmax, mask=None, deviation="abs"):
   mask = jnp.ones((B, T), bool) if mask is None else mask
-  return through_layers(watch_routing(router_log_prob, mask), logits, trace_for_probe(trace))
+  probe = watch_routing(router_log_prob, mask, deviation=deviation)
+  return through_layers(probe, logits, trace_for_probe(trace))
 
 
 @eager_and_jitted
@@ -95,7 +97,7 @@ def test_trace_holds_for_each_slot_the_routing_of_the_position_before_it(way, ro
 def test_probe_inputs_put_each_slot_back_under_the_position_that_scored_it():
   recorded = through_layers(record_routing(jax.nn.log_softmax), router_logits())
   given_back = trace_for_probe(stack_trace(recorded))
-  for one, other in zip(recorded, given_back, strict=True):
+  for one, other in zip(jax.tree.leaves(recorded), jax.tree.leaves(given_back), strict=True):
     assert one.dtype == other.dtype
     np.testing.assert_array_equal(one[:, :, :-1], other[:, :, :-1])
 
@@ -113,8 +115,12 @@ def test_trace_costs_at_most_three_bytes_per_entry_up_to_256_experts(experts, dt
 def test_unmoved_router_has_exactly_zero_drift_and_zero_log_shift(router_log_prob):
   """Recorded by one program and compared by another, with and without a gradient around it."""
   logits = router_logits(seed=1)
-  recording = functools.partial(record, router_log_prob=router_log_prob)
-  comparing = functools.partial(watch, router_log_prob=router_log_prob)
+  recording = functools.partial(record, router_log_prob=router_log_prob, all_experts=True)
+  scored = to_positions(jnp.ones((B, T), bool))  # a row's last position has no old entry
+
+  def comparing(logits, trace):
+    of = functools.partial(watch, logits, trace, router_log_prob, scored)
+    return {deviation: of(deviation=deviation) for deviation in DEVIATIONS}
 
   def trained(logits, trace):
     watched = comparing(logits, trace)
@@ -126,35 +132,23 @@ def test_unmoved_router_has_exactly_zero_drift_and_zero_log_shift(router_log_pro
       jax.jit(comparing)(logits, trace),
       jax.jit(jax.grad(trained, has_aux=True))(logits, trace)[1],
     ):
-      drift = to_slots(watched.drift, axis=2)
-      assert (drift == 0).all()
-      assert (to_slots(watched.overlap, axis=2)[:, :, 1:] == 1).all()
-      assert (router_log_shift(drift.mean(0), floor=0.8) == 0).all()
+      for drift in watched.values():
+        deviation = to_slots(drift.deviation, axis=2)
+        assert (deviation == 0).all()
+        assert (drift.overlap == B * (T - 1)).all()
+        assert (router_log_shift(deviation.mean(0), floor=0.8) == 0).all()
 
 
 @eager_and_jitted
 def test_drift_is_the_mean_change_of_the_old_experts_log_probs(way):
   old, new = router_logits(seed=2), router_logits(seed=2) + router_logits(seed=3, scale=0.5)
   trace = record(old)
-  drift = to_slots(way(watch)(new, trace).drift, axis=2)
+  drift = to_slots(way(watch)(new, trace).deviation, axis=2)
   before, after = (np.asarray(jax.nn.log_softmax(x)) for x in (old, new))
   for layer, b, t in np.ndindex(L, B, T):
     chosen = np.argsort(-np.asarray(old)[layer, b, t - 1])[:K]
     want = np.abs(after - before)[layer, b, t - 1, chosen].mean() if t else 0.0
     np.testing.assert_allclose(drift[layer, b, t], want, atol=2**-8)
-
-
-def test_router_drift_on_plain_arrays_by_hand():
-  new = jnp.log(jnp.asarray([[0.5, 0.2], [0.1, 0.4]]))
-  old = jnp.log(jnp.asarray([[0.25, 0.4], [0.1, 0.2]]))
-  np.testing.assert_allclose(router_drift(new, old), [math.log(2), math.log(2) / 2], rtol=1e-6)
-
-
-@eager_and_jitted
-def test_overlap_counts_shared_experts_in_any_order(way):
-  old = jnp.asarray([[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [255, 254, 1, 0]], jnp.uint8)
-  new = jnp.asarray([[3, 2, 1, 0], [9, 8, 1, 0], [4, 5, 6, 7], [254, 3, 4, 5]], jnp.int32)
-  np.testing.assert_array_equal(way(expert_overlap)(new, old), [1.0, 0.5, 0.0, 0.25])
 
 
 @eager_and_jitted
@@ -173,7 +167,7 @@ def test_both_probes_count_the_same_load_of_the_live_choice():
   old, new = router_logits(seed=4), router_logits(seed=5)
   mask = jax.random.bernoulli(jax.random.key(6), 0.5, (B, T))
   watched = watch(new, record(old), mask=mask).load
-  np.testing.assert_array_equal(watched, through_layers(count_load(mask), new))
+  np.testing.assert_array_equal(watched, through_layers(count_load(jax.nn.log_softmax, mask), new).load)
   chosen = np.asarray(jax.lax.top_k(new, K)[1])
   for layer in range(L):
     np.testing.assert_array_equal(watched[layer], np.bincount(chosen[layer][np.asarray(mask)].ravel(), minlength=E))
@@ -181,7 +175,7 @@ def test_both_probes_count_the_same_load_of_the_live_choice():
 
 def test_watching_carries_no_gradient_and_keeps_nothing_for_the_backward_pass():
   trace, logits = record(router_logits(seed=7)), router_logits(seed=8)
-  gradient = jax.grad(lambda x: watch(x, trace).drift.sum())(logits)
+  gradient = jax.grad(lambda x: watch(x, trace).deviation.sum())(logits)
   assert (gradient == 0).all()
   gradient = jax.grad(lambda x: record(x).log_prob.astype(jnp.float32).sum())(logits)
   assert (gradient == 0).all()
@@ -192,32 +186,60 @@ def test_watching_carries_no_gradient_and_keeps_nothing_for_the_backward_pass():
 
     return sum(leaf.size for leaf in jax.tree.leaves(jax.vjp(forward, logits)[1]) if hasattr(leaf, "size"))
 
-  assert kept(lambda x: watch(x, trace).drift.sum()) == kept(None)
+  assert kept(lambda x: watch(x, trace).deviation.sum()) == kept(None)
   assert kept(lambda x: jnp.sum(jax.nn.log_softmax(x) ** 2)) > kept(None)
 
 
-@eager_and_jitted
-def test_log_shift_is_minus_drift_down_to_the_log_floor(way):
-  drift = jnp.asarray([[0.0, 0.1, 0.2], [0.22, 0.23, 50.0]])
-  log_shift = way(functools.partial(router_log_shift, floor=0.8))(drift)
-  assert log_shift.dtype == jnp.float32
-  floor = math.log(0.8)
-  np.testing.assert_allclose(log_shift, [[0.0, -0.1, -0.2], [-0.22, floor, floor]], rtol=1e-6)
+@each_router
+def test_router_entropy_is_that_of_the_normalised_router_over_masked_positions(router_log_prob):
+  logits = router_logits(seed=9)
+  mask = jax.random.bernoulli(jax.random.key(1), 0.5, (B, T))
+  p = np.exp(np.asarray(router_log_prob(logits), np.float64))
+  p /= p.sum(-1, keepdims=True)
+  want = (-(p * np.log(p)).sum(-1) * np.asarray(mask)).sum(axis=(1, 2))
+  np.testing.assert_allclose(watch(logits, record(logits), router_log_prob, mask).entropy, want, rtol=1e-5)
+  np.testing.assert_allclose(through_layers(count_load(router_log_prob, mask), logits).entropy, want, rtol=1e-5)
 
 
-def test_floor_one_switches_router_shift_off():
-  assert (router_log_shift(jnp.asarray([[0.0, 0.3, 9.0]]), floor=1.0) == 0).all()
+def test_overlap_is_counted_over_masked_positions_only():
+  old, new = router_logits(seed=2), router_logits(seed=12)
+  mask = to_positions(jax.random.bernoulli(jax.random.key(3), 0.5, (B, T)))
+  chosen = [np.asarray(jax.lax.top_k(x, K)[1]) for x in (old, new)]
+  want = np.zeros(L)
+  for layer, b, t in np.ndindex(L, B, T):
+    want[layer] += mask[b, t] * len(set(chosen[0][layer, b, t]) & set(chosen[1][layer, b, t])) / K
+  np.testing.assert_allclose(watch(new, record(old), mask=mask).overlap, want, rtol=1e-6)
 
 
-def test_log_shift_carries_no_gradient():
-  drift = jnp.asarray([[0.0, 0.1, 0.5]])
-  assert not jax.grad(lambda x: router_log_shift(x, floor=0.8).sum())(drift).any()
+def test_every_deviation_is_taken_from_the_position_that_scored_the_token():
+  """Against plain numpy, slot by slot."""
+  old, new = router_logits(seed=2), router_logits(seed=2) + router_logits(seed=3, scale=0.7)
+  trace = record(old, all_experts=True)
+  before, after = (np.asarray(jax.nn.log_softmax(x), np.float64) for x in (old, new))
+  for deviation in DEVIATIONS:
+    found = to_slots(watch(new, trace, deviation=deviation).deviation, axis=2)
+    for layer, b, t in np.ndindex(L, B, T):
+      p, q = before[layer, b, t - 1], after[layer, b, t - 1]
+      chosen, live = np.argsort(-p)[:K], np.argsort(-q)[:K]
+      want = {
+        "abs": np.abs(q - p)[chosen].mean(),
+        "squared": ((q - p) ** 2)[chosen].mean(),
+        "kl": (np.exp(p) * (p - q)).sum(),
+        "overlap": 1 - len(set(chosen) & set(live)) / K,
+      }[deviation]
+      np.testing.assert_allclose(found[layer, b, t], want if t else 0.0, atol=2e-2 if deviation == "squared" else 5e-3)
 
 
-@pytest.mark.parametrize("floor", [0.0, -0.5, 1.01, math.nan])
-def test_a_floor_outside_its_range_is_named_with_its_cure(floor):
-  with pytest.raises(ValueError, match=r"floor is .*want a value in \(0, 1\]. Use 1.0 to switch"):
-    router_log_shift(jnp.zeros((1, 1)), floor=floor)
+def test_a_replay_gives_every_position_its_own_experts_back():
+  logits = router_logits(seed=4)
+  gate, expert_index = jax.lax.top_k(jax.nn.softmax(logits), K)
+  trace = record(logits, gates=True)
+  replay = replay_of(trace, gates=True)
+  np.testing.assert_array_equal(replay.expert_index[:, :, :-1], expert_index[:, :, :-1])
+  np.testing.assert_array_equal(replay.gate[:, :, :-1], gate[:, :, :-1])
+  assert replay_of(trace).gate is None
+  with pytest.raises(ValueError, match="holds no gates"):
+    replay_of(record(logits), gates=True)
 
 
 def test_watching_without_a_trace_names_the_probe_to_use():

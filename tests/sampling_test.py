@@ -165,6 +165,38 @@ def test_wider_left_padding_changes_no_draw():
   np.testing.assert_allclose(wide.log_prob[:, 4:], narrow.log_prob, atol=1e-5)
 
 
+def test_recorded_experts_are_those_the_training_forward_would_choose_for_the_same_slots():
+  policy, params = tiny.policy_and_params()
+  drawn = draw(policy, params, SamplingOptions(7, 3, stop_ids=(0, 1), record_experts=True), rows=4)
+  scored = jax.jit(functools.partial(score, policy))(params, drawn.tokens, drawn.valid)
+  assert drawn.expert_index.shape == (*drawn.tokens.shape, policy.num_moe_layers, policy.experts_per_token)
+  assert drawn.expert_index.dtype == scored.trace.expert_index.dtype
+  # A slot's routing is that of the token before it, which must be a real one.
+  routed = np.pad(np.asarray(drawn.valid), [(0, 0), (1, 0)])[:, :-1] & np.asarray(drawn.valid)
+  assert routed.sum() > 40
+  same = np.sort(drawn.expert_index, axis=-1) == np.sort(scored.trace.expert_index, axis=-1)
+  assert same[routed].all()
+
+
+def test_scoring_with_the_samplers_experts_repeats_them_whatever_the_router_says_now():
+  policy, params = tiny.policy_and_params()
+  drawn = draw(policy, params, SamplingOptions(7, 3, stop_ids=(0, 1), record_experts=True), rows=4)
+  _, others = tiny.policy_and_params(seed=1)
+  router = {"router": others["layers_0"]["moe"]["router"]}
+  moved = params | {"layers_0": params["layers_0"] | {"moe": params["layers_0"]["moe"] | router}}
+  run = jax.jit(lambda params, experts: score(policy, params, drawn.tokens, drawn.valid, expert_index=experts))
+  mask = np.asarray(drawn.action_mask)
+  replayed = run(moved, drawn.expert_index)
+  np.testing.assert_array_equal(replayed.trace.expert_index[mask], drawn.expert_index[mask])
+  free = jax.jit(functools.partial(score, policy))(moved, drawn.tokens, drawn.valid)
+  assert (free.trace.expert_index[mask] != drawn.expert_index[mask]).any()
+  np.testing.assert_allclose(run(params, drawn.expert_index).log_prob[mask], drawn.log_prob[mask], atol=1e-5)
+  pieces = jax.jit(functools.partial(score, policy, microbatches=3))(
+    moved, drawn.tokens, drawn.valid, expert_index=drawn.expert_index
+  )
+  np.testing.assert_allclose(pieces.log_prob[mask], replayed.log_prob[mask], atol=1e-6)
+
+
 @pytest.mark.parametrize(
   "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"samples_per_prompt": 0}], ids=str
 )

@@ -55,7 +55,17 @@ def rollout(policy, params, rows=8, new=6, samples=2, seed=0):
 def train_batch(policy, params, rows=8, seed=0, microbatches=1):
   """A scored batch with advantages of both signs, and a zero among them."""
   drawn = rollout(policy, params, rows, seed=seed)
-  scored = jax.jit(functools.partial(score, policy, microbatches=microbatches))(params, drawn.tokens, drawn.valid)
+  scoring = functools.partial(score, policy, all_experts=True, gates=True, microbatches=microbatches)
+  scored = jax.jit(scoring)(params, drawn.tokens, drawn.valid)
   advantage = np.random.default_rng(seed).normal(size=rows).astype(np.float32)
   advantage[1] = 0
-  return TrainBatch(drawn.tokens, drawn.valid, drawn.action_mask, scored.log_prob, jnp.asarray(advantage), scored.trace)
+  return TrainBatch(
+    drawn.tokens,
+    drawn.valid,
+    drawn.action_mask,
+    scored.log_prob,
+    jnp.asarray(advantage),
+    scored.trace,
+    sampler_log_prob=drawn.log_prob,
+    reference_log_prob=scored.log_prob - 0.1 * drawn.action_mask,
+  )

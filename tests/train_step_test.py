@@ -9,7 +9,13 @@ import pytest
 import tiny
 
 from models.policy import build_policy
-from rspo_jax import mesh, objectives
+from rspo_jax import mesh
+from rspo_jax.mismatch import MismatchOptions
+from rspo_jax.objectives import OBJECTIVES
+from rspo_jax.parameters import ROUTER, freeze
+from rspo_jax.router_shift import ShiftOptions, linear_floor
+from rspo_jax.routing import to_positions
+from rspo_jax.scoring import score
 from rspo_jax.train_step import (
   UpdateOptions,
   jit_step,
@@ -20,6 +26,7 @@ from rspo_jax.train_step import (
 )
 from rspo_jax.types import TrainState
 
+STEEP = optax.sgd(1.0)
 SGD = optax.sgd(0.1)  # Adam's first step is lr * sign(gradient): it would hide a gradient of the wrong size
 
 
@@ -42,9 +49,14 @@ def drifted(batch, by=0.3):
   return batch.replace(old_log_prob=batch.old_log_prob + noise, old_routing=trace.replace(log_prob=moved))
 
 
-def run(policy, params, batch, options=UpdateOptions(), optimizer=SGD, jit=True):  # noqa: B008
-  step = make_train_step(policy, optimizer, options)
-  return (jax.jit(step) if jit else step)(fresh_state(params, optimizer), batch)
+@functools.cache
+def jitted(policy, optimizer, options):
+  """Compiled once for all tests that share it: compiling is most of what they cost."""
+  return jax.jit(make_train_step(policy, optimizer, options))
+
+
+def run(policy, params, batch, options=UpdateOptions(), optimizer=SGD):  # noqa: B008
+  return jitted(policy, optimizer, options)(fresh_state(params, optimizer), batch)
 
 
 def assert_close(left, right, tolerance=2e-6):
@@ -64,14 +76,35 @@ def test_right_after_scoring_every_ratio_and_gamma_is_exactly_one(microbatches):
   np.testing.assert_array_equal(metrics["shift/layer_drift"], np.zeros(policy.num_moe_layers))
 
 
-@pytest.mark.parametrize("objective", [objectives.grpo, objectives.gspo, objectives.gmpo])
-@pytest.mark.parametrize("aggregation", objectives.AGGREGATIONS)
-def test_gradient_accumulation_equals_one_big_batch(objective, aggregation):
+EVERYTHING = {
+  "shift": ShiftOptions(0.5, "weight", "kl", "max", "sequence"),
+  "mismatch": MismatchOptions("icepop", "sequence_mean", upper=1.2, lower=0.8),
+  "kl_coefficient": 0.3,
+  "entropy_coefficient": 0.1,
+  "load_balance_coefficient": 0.2,
+  "router_z_coefficient": 0.05,
+}
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    UpdateOptions(recipe.objective, recipe.aggregation, norm_length=6)
+    for recipe in map(OBJECTIVES.get, ("dapo", "gspo"))
+  ]
+  + [
+    UpdateOptions(replay="experts", aggregation="seq_mean_token_sum"),
+    UpdateOptions(replay="experts_and_gates", **EVERYTHING),
+  ],
+  ids=["token_mean", "sequence", "replay", "everything"],
+)
+def test_gradient_accumulation_equals_one_big_batch(options):
   policy, params, batch = setup()
   batch = drifted(batch)
-  whole, _ = run(policy, params, batch, UpdateOptions(objective, aggregation))
-  parts, _ = run(policy, params, batch, UpdateOptions(objective, aggregation, microbatches=4))
+  whole, metrics = run(policy, params, batch, options)
+  parts, of_parts = run(policy, params, batch, dataclasses.replace(options, microbatches=4))
   assert_close(whole.params, parts.params)
+  assert_close(metrics, of_parts, 1e-5)
 
 
 def test_metrics_do_not_depend_on_microbatches():
@@ -86,7 +119,7 @@ def test_metrics_do_not_depend_on_microbatches():
 
 def test_eager_step_equals_jitted_step():
   policy, params, batch = setup()
-  eager, _ = run(policy, params, drifted(batch), jit=False)
+  eager, _ = make_train_step(policy, SGD, UpdateOptions())(fresh_state(params), drifted(batch))
   jitted, _ = run(policy, params, drifted(batch))
   assert_close(eager.params, jitted.params)
 
@@ -116,9 +149,10 @@ def test_eight_devices_give_the_update_of_one(shape):
 def test_pmap_gives_the_update_of_one_device():
   policy, params, batch = setup()
   batch = drifted(batch)
-  expected, expected_metrics = run(policy, params, batch)
+  options = UpdateOptions(**EVERYTHING)
+  expected, expected_metrics = run(policy, params, batch, options)
   devices = jax.devices()[:4]
-  step = pmap_step(make_train_step(policy, SGD, UpdateOptions()), devices)
+  step = pmap_step(make_train_step(policy, SGD, options), devices)
   state = jax.device_put_replicated(fresh_state(params), devices) if hasattr(jax, "device_put_replicated") else None
   if state is None:
     state = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), fresh_state(params))
@@ -129,7 +163,7 @@ def test_pmap_gives_the_update_of_one_device():
 
 
 def gradient(policy, params, batch, options=UpdateOptions()):  # noqa: B008
-  state, _ = run(policy, params, batch, options, optax.sgd(1.0))
+  state, _ = run(policy, params, batch, options, STEEP)
   return jax.tree.map(lambda old, new: old - new, params, state.params)
 
 
@@ -163,7 +197,7 @@ def test_router_shift_of_a_slot_comes_from_the_trace_of_that_slot():
   row, slot = 0, int(np.argmax(batch.action_mask[0]))
   trace = batch.old_routing
   moved = trace.replace(log_prob=trace.log_prob.at[row, slot].add(-1))
-  _, metrics = run(policy, params, batch.replace(old_routing=moved), UpdateOptions(shift_floor=0.01))
+  _, metrics = run(policy, params, batch.replace(old_routing=moved), UpdateOptions(shift=ShiftOptions(0.01)))
   actions = int(batch.action_mask.sum())
   np.testing.assert_allclose(metrics["shift/drift"] * actions, 1.0, atol=1e-3)
   elsewhere = trace.replace(log_prob=trace.log_prob.at[row, slot - 1].add(-1))
@@ -174,25 +208,152 @@ def test_router_shift_of_a_slot_comes_from_the_trace_of_that_slot():
 def test_router_shift_scales_a_single_token_ratio():
   policy, params, batch = setup()
   batch = batch.replace(advantage=jnp.abs(batch.advantage) + 1)
-  plain = gradient(policy, params, batch, UpdateOptions(shift_floor=None))
+  plain = gradient(policy, params, batch, UpdateOptions(shift=None))
   trace = batch.old_routing
   everywhere = batch.replace(old_routing=trace.replace(log_prob=trace.log_prob - jnp.float16(0.125)))
-  shifted = gradient(policy, params, everywhere, UpdateOptions(shift_floor=0.1))
+  shifted = gradient(policy, params, everywhere, UpdateOptions(shift=ShiftOptions(0.1)))
   assert_close(shifted, jax.tree.map(lambda leaf: leaf * np.exp(-0.125), plain), 1e-5)
+
+
+def moved(policy, params, batch, by=0.5):
+  """Parameters after an update, and the batch as it was scored before: off-policy, with a router that has moved."""
+  away = gradient(policy, params, batch, UpdateOptions(shift=None))
+  return jax.tree.map(lambda leaf, step: leaf - by * step, params, away)
+
+
+def test_replayed_updates_take_the_old_experts_and_the_live_gates():
+  policy, params, batch = setup()
+  new = moved(policy, params, batch, by=20.0)
+  _, free = run(policy, new, batch)
+  _, pinned = run(policy, new, batch, UpdateOptions(replay="experts"))
+  assert free["router/overlap"] < 1 == pinned["router/overlap"]
+  assert free["shift/drift"] > 0 and pinned["shift/drift"] > 0  # the router itself is as it is
+  gradients = {
+    replay: gradient(policy, new, batch, UpdateOptions(shift=None, replay=replay))["layers_0"]["moe"]["router"]
+    for replay in ("experts", "experts_and_gates")
+  }
+  assert gradients["experts"].any() and not gradients["experts_and_gates"].any()
+
+
+def test_replay_gives_the_same_update_under_rematerialisation_and_microbatches():
+  policy, params, batch = setup()
+  new, options = moved(policy, params, batch, by=20.0), UpdateOptions(replay="experts")
+  expected, _ = run(policy, new, batch, options)
+  remat = build_policy(dataclasses.replace(tiny.CONFIG, remat=True))
+  again, _ = run(remat, new, batch, dataclasses.replace(options, microbatches=2))
+  assert_close(again.params, expected.params)
+
+
+def test_right_after_scoring_a_replayed_ratio_is_exactly_one():
+  policy, params, batch = setup()
+  for replay in ("experts", "experts_and_gates"):
+    _, metrics = run(policy, params, batch, UpdateOptions(replay=replay))
+    assert metrics["ratio/p1"] == metrics["ratio/max"] == metrics["shift/gamma_mean"] == 1.0
+
+
+def test_entropy_kl_and_correction_enter_the_loss_as_their_formulas_say():
+  policy, params, batch = setup()
+  new = moved(policy, params, batch)
+  mask = np.asarray(batch.action_mask)
+  scored = jax.jit(functools.partial(score, policy))(new, batch.tokens, batch.valid)
+  plain = run(policy, new, batch, UpdateOptions(shift=None))[1]
+  rows, length = mask.any(1).sum(), np.maximum(mask.sum(1), 1)
+
+  def mean(x):
+    return (np.where(mask, x, 0).sum(1) / length).sum() / rows
+
+  _, found = run(policy, new, batch, UpdateOptions(shift=None, entropy_coefficient=0.7))
+  np.testing.assert_allclose(found["loss/objective"], plain["loss/objective"] + 0.7 * mean(scored.entropy), rtol=1e-4)
+  _, found = run(policy, new, batch, UpdateOptions(shift=None, kl_coefficient=2.0))
+  r = np.asarray(scored.log_prob - batch.reference_log_prob, np.float64)
+  np.testing.assert_allclose(
+    found["loss/objective"], plain["loss/objective"] - 2.0 * mean(np.exp(-r) - 1 + r), rtol=1e-4, atol=1e-6
+  )
+  off = batch.replace(
+    sampler_log_prob=batch.old_log_prob + jnp.log(2.0)
+  )  # the sampler found every token twice as likely
+  _, found = run(policy, new, off, UpdateOptions(shift=None, mismatch=MismatchOptions()))
+  np.testing.assert_allclose(found["loss/objective"], plain["loss/objective"] / 2, rtol=1e-4)
+  np.testing.assert_allclose(found["mismatch/weight_mean"], 0.5, rtol=1e-5)
+
+
+def test_frozen_parameters_stay_bitwise_and_the_others_learn_as_before():
+  policy, params, batch = setup()
+  expected = gradient(policy, params, batch)
+  options = UpdateOptions(frozen=(ROUTER,))
+  frozen = gradient(policy, params, batch, options)
+  for layer in ("layers_0", "layers_2"):
+    assert expected[layer]["moe"]["router"].any() and not frozen[layer]["moe"]["router"].any()
+    assert_close(frozen[layer]["moe"]["gate"], expected[layer]["moe"]["gate"])
+  optimizer = freeze(optax.adamw(1e-2, weight_decay=0.1), (ROUTER,))
+  state, _ = run(policy, params, batch, options, optimizer)
+  np.testing.assert_array_equal(state.params["layers_0"]["moe"]["router"], params["layers_0"]["moe"]["router"])
+  assert not np.array_equal(state.params["embedding"], params["embedding"])
+
+
+def test_the_bias_on_the_choice_rises_for_idle_experts_and_falls_for_busy_ones():
+  policy = build_policy(dataclasses.replace(tiny.CONFIG, router_bias=True))
+  params = jax.jit(policy.init)(jax.random.key(0))
+  batch = tiny.train_batch(policy, params)
+  state, metrics = run(policy, params, batch, UpdateOptions(router_bias_rate=0.01))
+  bias = np.concatenate([state.params[f"layers_{i}"]["moe"]["router_bias"] for i in (0, 2)])
+  _, seen = policy.forward(params, batch.tokens, batch.valid, probe=lambda router, _: router.expert_index)
+  actions = np.asarray(to_positions(batch.action_mask))
+  load = np.stack([np.bincount(np.asarray(layer)[actions].ravel(), minlength=4) for layer in seen])
+  np.testing.assert_allclose(bias, 0.01 * np.sign(load.mean(1, keepdims=True) - load), atol=1e-7)
+  assert metrics["router/load_max_over_mean"] > 1
+  with pytest.raises(ValueError, match="this model has no bias"):
+    make_train_step(tiny.policy_and_params()[0], SGD, UpdateOptions(router_bias_rate=0.01))
+
+
+def test_the_balance_loss_evens_the_load_out():
+  policy, params, batch = setup()
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: leaf.at[..., 0].add(0.5) if "router" in jax.tree_util.keystr(path) else leaf, params
+  )
+  batch = batch.replace(advantage=jnp.zeros_like(batch.advantage))
+  step = jax.jit(make_train_step(policy, optax.adam(1e-2), UpdateOptions(shift=None, load_balance_coefficient=1.0)))
+  state, losses = fresh_state(params, optax.adam(1e-2)), []
+  for _ in range(30):
+    state, metrics = step(state, batch)
+    losses.append(float(metrics["loss/load_balance"]))
+  assert losses[-1] < losses[0] - 0.05 and losses[-1] >= tiny.CONFIG.num_experts_per_tok - 0.05
+
+
+def test_a_floor_may_follow_the_updates():
+  policy, params, batch = setup()
+  batch = drifted(batch, by=3.0)
+  options = UpdateOptions(shift=ShiftOptions(linear_floor(0.9, 0.5, 2)))
+  step, state = jax.jit(make_train_step(policy, SGD, options)), fresh_state(params)
+  floors = []
+  for _ in range(3):
+    state, metrics = step(state, batch)
+    floors.append(float(metrics["shift/floor"]))
+    assert float(metrics["shift/gamma_p10"]) >= floors[-1] - 1e-6
+  np.testing.assert_allclose(floors, [0.9, 0.7, 0.5], rtol=1e-6)
 
 
 def test_missing_trace_is_an_error_that_names_the_cure():
   policy, params, batch = setup()
-  with pytest.raises(ValueError, match="old_routing"):
-    run(policy, params, batch.replace(old_routing=None))
-  run(policy, params, batch.replace(old_routing=None), UpdateOptions(shift_floor=None))
+  for field, options in (
+    ("old_routing", UpdateOptions()),
+    ("old_routing", UpdateOptions(shift=None, replay="experts")),
+    ("sampler_log_prob", UpdateOptions(mismatch=MismatchOptions())),
+    ("reference_log_prob", UpdateOptions(kl_coefficient=0.1)),
+  ):
+    with pytest.raises(ValueError, match=f"ask for {field}, but the batch has none"):
+      run(policy, params, batch.replace(**{field: None}), options)
+  without = batch.replace(old_routing=batch.old_routing.replace(all_log_prob=None))
+  with pytest.raises(ValueError, match="all_experts=True"):
+    run(policy, params, without, UpdateOptions(shift=ShiftOptions(deviation="kl")))
+  run(policy, params, batch.replace(old_routing=None), UpdateOptions(shift=None))
 
 
 def test_a_nonfinite_gradient_changes_nothing_and_is_counted():
   policy, params, batch = setup()
   optimizer = skip_nonfinite(optax.adamw(1e-2))
   broken = batch.replace(advantage=batch.advantage.at[0].set(jnp.nan))
-  step = jax.jit(make_train_step(policy, optimizer, UpdateOptions()))
+  step = jitted(policy, optimizer, UpdateOptions())
   state, metrics = step(fresh_state(params, optimizer), broken)
   assert metrics["updates/skipped"] == 1
   jax.tree.map(np.testing.assert_array_equal, state.params, params)
@@ -224,7 +385,16 @@ def test_supervised_steps_make_the_demonstrations_likelier():
   np.testing.assert_allclose(losses[0], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("wrong", [{"aggregation": "mean"}, {"shift_floor": 0.0}, {"microbatches": 0}])
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    {"aggregation": "mean"},
+    {"replay": "r2"},
+    {"kl_estimator": "k4"},
+    {"aggregation": "seq_mean_token_sum_norm"},
+    {"microbatches": 0},
+  ],
+)
 def test_impossible_options_are_refused(wrong):
   with pytest.raises(ValueError, match="want|start at"):
     UpdateOptions(**wrong)

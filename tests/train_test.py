@@ -63,7 +63,7 @@ def reference(cache, tmp_path_factory):
 def start(workdir, cache, **changed):
   flags = [f"--config.{key}={value}" for key, value in (SETTINGS | changed).items()]
   command = [sys.executable, "-m", "experiments.train", f"--config={CONFIG}", f"--workdir={workdir}", *flags]
-  environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+  environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": ""}  # compiled as users compile
   return subprocess.Popen(
     command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
   )
@@ -143,10 +143,10 @@ def test_sigterm_saves_and_ends_well_and_the_same_command_continues(reference, c
 
 
 def test_another_config_in_an_old_workdir_is_refused_with_the_differing_keys(reference, cache):
-  process = start(reference[0], cache, **{"rl.steps": 5, "objective.shift_floor": 0.5})
+  process = start(reference[0], cache, **{"rl.steps": 5, "router.shift_floor": 0.5})
   output, _ = process.communicate(timeout=500)
   assert process.returncode == 1
-  assert "rl.steps: 4 -> 5" in output and "objective.shift_floor: 0.8 -> 0.5" in output
+  assert "rl.steps: 4 -> 5" in output and "router.shift_floor: 0.8 -> 0.5" in output
   assert "Traceback" not in output
 
 
