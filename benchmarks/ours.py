@@ -18,6 +18,10 @@ from benchmarks.workers import Case
 from models.hf import config_from_hf
 from models.policy import build_policy
 from rspo_jax import mesh, objectives
+from rspo_jax.mismatch import MismatchOptions
+from rspo_jax.parameters import ROUTER
+from rspo_jax.probing import make_gradient_noise, make_replay_probe
+from rspo_jax.router_shift import ShiftOptions
 from rspo_jax.sampling import SamplingOptions, sample
 from rspo_jax.scoring import score
 from rspo_jax.train_step import UpdateOptions, jit_step, make_train_step
@@ -94,23 +98,26 @@ def scoring(devices: int | None = None) -> Case:
 def _batch(setup: Setup) -> TrainBatch:
   """64 rows of 96 tokens, the last 64 of them drawn; old values from our own scoring of the same weights."""
   tokens, valid = _rows(setup.layout, ROW_TOKENS)
-  scores = jax.jit(functools.partial(score, setup.policy))(setup.state.params, tokens, valid)
+  scoring = functools.partial(score, setup.policy, all_experts=True, gates=True)
+  scores = jax.jit(scoring)(setup.state.params, tokens, valid)
   actions = np.zeros((ROWS, ROW_TOKENS), bool)
   actions[:, PROMPT_TOKENS:] = True
   advantage = np.random.default_rng(1).standard_normal(ROWS).astype(np.float32)
   actions, advantage = mesh.put_batch((actions, advantage), setup.layout)
-  return TrainBatch(tokens, valid, actions, scores.log_prob, advantage, scores.trace)
+  others = {"sampler_log_prob": scores.log_prob, "reference_log_prob": scores.log_prob}
+  return TrainBatch(tokens, valid, actions, scores.log_prob, advantage, scores.trace, **others)
 
 
-def _step(setup: Setup, objective: str, shift_floor: float | None) -> Any:
-  options = UpdateOptions(objective=objectives.OBJECTIVES[objective], shift_floor=shift_floor)
-  return jit_step(make_train_step(setup.policy, setup.optimizer, options), setup.layout, setup.shardings)
+def _step(setup: Setup, objective: str, shift: ShiftOptions | None, **options: Any) -> Any:
+  named = objectives.OBJECTIVES[objective]
+  update = UpdateOptions(named.objective, named.aggregation, norm_length=NEW_TOKENS, shift=shift, **options)
+  return jit_step(make_train_step(setup.policy, setup.optimizer, update), setup.layout, setup.shardings)
 
 
-def train_step(objective: str = "grpo", shift_floor: float | None = None, devices: int | None = None) -> Case:
+def train_step(objective: str = "grpo", devices: int | None = None) -> Case:
   """One update with metrics on 64 rows of 96 tokens. The defaults are the peer's loss, and our own metrics on top."""
   setup = _setup(devices)
-  batch, step, state = _batch(setup), _step(setup, objective, shift_floor), setup.state
+  batch, step, state = _batch(setup), _step(setup, objective, None), setup.state
 
   def call() -> Any:
     nonlocal state
@@ -139,7 +146,7 @@ def shift_cost(rounds: int = 60, devices: int | None = None) -> dict[str, Any]:
   setup = _setup(devices)
   batch = _batch(setup)
   states = [jax.tree.map(jnp.copy, setup.state) for _ in range(3)]
-  steps = [_step(setup, "gmpo", floor) for floor in (0.8, None, None)]
+  steps = [_step(setup, "gmpo", shift) for shift in (ShiftOptions(), None, None)]
 
   def turn(which: int) -> float:
     def call():
@@ -157,6 +164,68 @@ def shift_cost(rounds: int = 60, devices: int | None = None) -> dict[str, Any]:
     spent = {which: turn(which) for which in orders[number % len(orders)]}
     found.append((spent[0] / spent[1], spent[2] / spent[1]))
   return {"shift": [r[0] for r in found], "control": [r[1] for r in found]}
+
+
+# What is put beside the plain GRPO step: name -> (objective, router shift, other options of the update).
+STRATEGIES: dict[str, tuple[str, ShiftOptions | None, dict[str, Any]]] = {
+  "grpo again (control)": ("grpo", None, {}),
+  **{name: (name, None, {}) for name in objectives.OBJECTIVES if name != "grpo"},
+  "grpo + router shift": ("grpo", ShiftOptions(), {}),
+  "gmpo + router shift (RSPO)": ("gmpo", ShiftOptions(), {}),
+  "grpo + shift, weight, squared, max": ("grpo", ShiftOptions(0.8, "weight", "squared", "max"), {}),
+  "grpo + shift, kl over all experts": ("grpo", ShiftOptions(deviation="kl"), {}),
+  "grpo + shift, overlap, sequence": ("grpo", ShiftOptions(deviation="overlap", level="sequence"), {}),
+  "grpo + replay": ("grpo", None, {"replay": "experts"}),
+  "grpo + replay of gates": ("grpo", None, {"replay": "experts_and_gates"}),
+  "grpo + frozen router": ("grpo", None, {"frozen": (ROUTER,)}),
+  "grpo + TIS": ("grpo", None, {"mismatch": MismatchOptions()}),
+  "grpo + KL + entropy bonus": ("grpo", None, {"kl_coefficient": 0.01, "entropy_coefficient": 0.01}),
+  "grpo + balance and z losses": ("grpo", None, {"load_balance_coefficient": 0.01, "router_z_coefficient": 0.01}),
+}
+
+
+def strategy_cost(rounds: int = 9, devices: int | None = None) -> dict[str, Any]:
+  """CPU and wall time of the step under every strategy over those of plain GRPO, round by round, and of the probes.
+
+  All start every call from the same parameters; a round runs each once, in an order that rotates.
+
+  Returns:
+    {"step": {name: [[cpu ratio, wall ratio], ...]}, "probe": the same for the costly diagnostics}.
+  """
+  setup = _setup(devices)
+  batch = _batch(setup)
+  calls = {}
+
+  def of_step(objective, shift, options):
+    step, state = _step(setup, objective, shift, **options), jax.tree.map(jnp.copy, setup.state)
+
+    def call():
+      nonlocal state
+      state, metrics = step(state, batch)
+      return state, metrics
+
+    return clocked(call)
+
+  calls["grpo"] = of_step("grpo", None, {})
+  for name, strategy in STRATEGIES.items():
+    calls[name] = of_step(*strategy)
+  noise = jax.jit(make_gradient_noise(setup.policy, UpdateOptions(), 4))
+  replay = jax.jit(make_replay_probe(setup.policy))
+  probes = {
+    "gradient noise, 4 pieces": clocked(lambda: noise(setup.state, batch)),
+    "replay probe, experts and gates": clocked(lambda: replay(setup.state.params, batch)),
+  }
+  calls |= probes
+  for call in calls.values():
+    call(), call()
+  names, found = list(calls), {name: [] for name in calls}
+  for number in range(rounds):
+    order = names[number % len(names) :] + names[: number % len(names)]
+    order = order if number % 2 else order[::-1]
+    spent = {name: calls[name]() for name in order}
+    for name, run in spent.items():
+      found[name].append((run.cpu / spent["grpo"].cpu, run.wall / spent["grpo"].wall))
+  return {"step": {name: found[name] for name in STRATEGIES}, "probe": {name: found[name] for name in probes}}
 
 
 def compile_seconds(case: str, cache: str, devices: int | None = None) -> dict[str, Any]:
@@ -183,7 +252,7 @@ def compile_seconds(case: str, cache: str, devices: int | None = None) -> dict[s
     program = _sampler(setup)
     arguments = (setup.state.params, *_rows(setup.layout, PROMPT_TOKENS), jax.random.key(0))
   else:
-    program, arguments = _step(setup, "gmpo", 0.8), (setup.state, _batch(setup))
+    program, arguments = _step(setup, "gmpo", ShiftOptions()), (setup.state, _batch(setup))
   jax.block_until_ready(arguments)
   before = time.perf_counter()
   compiled = program.lower(*arguments).compile()

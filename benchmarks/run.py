@@ -110,6 +110,17 @@ def shift(effort: Effort) -> Iterator[Row]:
     yield Row(what, f"{middle - 1:+.2%}", wanted, note)
 
 
+def strategies(effort: Effort) -> Iterator[Row]:
+  found = report("benchmarks.ours:strategy_cost", {"rounds": 4 * effort.repeats})
+  for kind, wanted in (("step", "within 3 %"), ("probe", "")):
+    for name, ratios in found[kind].items():
+      low, middle, high = statistics.quantiles([cpu for cpu, _ in ratios], n=4)
+      note = f"quartiles {low - 1:+.1%} to {high - 1:+.1%}, {len(ratios)} rounds"
+      what = f"{name}, CPU time over the plain GRPO step"
+      shown = f"{middle - 1:+.1%}" if kind == "step" else f"{middle:.2f} steps"
+      yield Row(what, shown, wanted, note)
+
+
 def compilation(effort: Effort) -> Iterator[Row]:
   del effort  # a compile is seconds of one thread: once is enough
   for case in ("sampling", "train_step"):
@@ -126,6 +137,7 @@ SECTIONS: dict[str, Callable[[Effort], Iterator[Row]]] = {
   "scoring": scoring,
   "peak": peak,
   "shift": shift,
+  "strategies": strategies,
   "compilation": compilation,
 }
 

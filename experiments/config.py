@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from models.config import TransformerConfig
-from rspo_jax import mismatch, objectives
+from rspo_jax import advantages, mismatch, objectives
 from rspo_jax.data import DATASETS
 from rspo_jax.rewards import REWARDS
 
@@ -173,8 +173,8 @@ class RLConfig:
     minibatches: parts a rollout is cut into, one update each. epochs: passes over them.
     microbatches: parts a minibatch is cut into to save memory. logits_chunk: positions whose logits are held at once.
     dynamic_sampling_rounds: batches of prompts sampled at most until enough groups have rewards that differ (DAPO); 1
-      is no dynamic sampling. overlong_buffer: tokens before the length limit over which a completion's reward falls by up
-      to overlong_penalty; 0 is off.
+      is no dynamic sampling. overlong_buffer: tokens before the length limit over which a completion's reward falls by
+      up to overlong_penalty; 0 is off.
     frozen: patterns of parameter paths that are not trained.
   """
 
@@ -309,11 +309,13 @@ def read_config(given: ml_collections.ConfigDict) -> ExperimentConfig:
     )
   for what, value, known in (
     ("config.objective.kl_in", config.objective.kl_in, ("loss", "reward")),
+    ("config.objective.baseline", config.objective.baseline, (None, *advantages.BASELINES)),
+    ("config.objective.scale", config.objective.scale, (None, *advantages.SCALES)),
     ("config.router.replay", config.router.replay, ("none", "scoring", "sampler")),
     ("config.mismatch.correction", config.mismatch.correction, ("none", *mismatch.CORRECTIONS)),
   ):
     if value not in known:
-      raise ValueError(f"{what} is {value!r}; want one of {', '.join(known)}.")
+      raise ValueError(f"{what} is {value!r}; want one of {', '.join(filter(None, known))}.")
   return config
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 
 from experiments.config import ExperimentConfig
 from experiments.wiring import SAMPLING, Parts, recipe, rl_optimizer, update_options
@@ -42,6 +43,12 @@ class Sampled(NamedTuple):
 def build_rl(parts: Parts) -> RL:
   config = parts.config
   rl, objective, router = config.rl, recipe(config), config.router
+  if router.shift and router.placement == "before_clip" and config.objective.name in ("gspo", "gspo_token"):
+    logging.warning(
+      "%s with router shift before its narrow clip: a mean gamma below the lower bound takes the gradient of every "
+      "negative sequence; --config.router.placement=weight does not (docs/algorithms.md).",
+      config.objective.name,
+    )
   optimizer, schedule = rl_optimizer(config)
   options = update_options(config)
   update = jit_step(

@@ -116,9 +116,11 @@ def make_optimizer(
   optimizer = optax.chain(
     optax.clip_by_global_norm(config.max_grad_norm),
     optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
-    *([parameters.scale_updates(multipliers)] if multipliers else []),
   )
-  return skip_nonfinite(parameters.freeze(optimizer, frozen)), schedule
+  optimizer = parameters.freeze(optimizer, frozen)
+  if multipliers:
+    optimizer = optax.chain(optimizer, parameters.scale_updates(multipliers))
+  return skip_nonfinite(optimizer), schedule
 
 
 def rl_optimizer(config: ExperimentConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -159,17 +161,18 @@ def recipe(config: ExperimentConfig) -> objectives.Recipe:
         f"config.objective.{name} is {value!r}, but {o.name} has no such option; it has {own or 'none'}."
       )
     options[name] = value
+  objective = functools.partial(named.objective, **options)
   scale = named.scale if o.scale is None else o.scale
   if scale == "batch_std":
     one = jax.ShapeDtypeStruct((1, 1), np.float32)
     try:
-      jax.eval_shape(named.objective, one, one, jax.ShapeDtypeStruct((1, 1), bool))
+      jax.eval_shape(objective, one, one, jax.ShapeDtypeStruct((1, 1), bool))
     except ValueError as error:
       raise ValueError(
         f"config.objective.scale is 'batch_std', which gives every token an advantage of its own, but {o.name}: {error}"
       ) from error
   return objectives.Recipe(
-    functools.partial(named.objective, **options),
+    objective,
     named.aggregation if o.aggregation is None else o.aggregation,
     named.baseline if o.baseline is None else o.baseline,
     scale,

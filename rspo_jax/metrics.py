@@ -64,7 +64,7 @@ METRICS: dict[str, str] = {
   "router/layer_entropy": "Router entropy of each mixture-of-experts layer, first to last, nats.",
   "router/load_max_over_mean": "Tokens of the busiest expert over the mean, averaged over layers; 1 is even.",
   "router/dead_fraction": "Share of the experts that got no token, over all layers, 0 to 1.",
-  "loss/objective": "The policy objective that is being maximised.",
+  "loss/objective": "What is being maximised: the policy objective with its entropy, KL and balance terms.",
   "loss/load_balance": "Auxiliary load-balance loss before its coefficient; experts_per_token is even.",
   "loss/router_z": "Router z-loss before its coefficient, nats^2.",
   "loss/warm_start": "Supervised cross-entropy of the warm start, mean over target tokens, nats.",

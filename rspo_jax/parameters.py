@@ -68,7 +68,10 @@ def freeze(optimizer: optax.GradientTransformation, patterns: Sequence[str]) -> 
 
 
 def scale_updates(multipliers: Mapping[str, float]) -> optax.GradientTransformation:
-  """Multiplies the updates of parameters that match a pattern: behind Adam, a learning rate of their own."""
+  """Multiplies the updates of parameters that match a pattern: behind Adam, a learning rate of their own.
+
+  Put it behind `freeze`, not inside: what is frozen is not there to be matched.
+  """
 
   def update(updates, state, params=None):
     del params

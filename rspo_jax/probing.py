@@ -52,7 +52,7 @@ def make_gradient_noise(policy: Policy, options: UpdateOptions, pieces: int) -> 
   loss = make_loss(policy, options)
 
   def measure(state: TrainState, batch: TrainBatch) -> dict[str, Array]:
-    norms = normalisers(policy, options, state, batch)
+    norms = normalisers(policy, options, state, batch, pieces=pieces)
     differentiate = jax.grad(lambda params, part: loss(params, part, norms)[0])
 
     def one(carry, part):

@@ -99,10 +99,9 @@ def router_kl(new_log_prob: Array, old_log_prob: Array) -> Array:
   Returns:
     [...] float32, nats, >= 0; exactly 0 for equal input.
   """
-  change = new_log_prob.astype(jnp.float32) - old_log_prob.astype(jnp.float32)
-  p = jax.nn.softmax(old_log_prob.astype(jnp.float32), axis=-1)
-  # log(sum p exp(change)) is the difference of the two normalisers; in this form nothing but 0 comes of 0.
-  return jnp.maximum(jnp.log1p(jnp.sum(p * jnp.expm1(change), axis=-1)) - jnp.sum(p * change, axis=-1), 0.0)
+  new, old = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (new_log_prob, old_log_prob))
+  unmoved = jnp.all(new_log_prob == old_log_prob, axis=-1)  # two normalisers of equal input may differ in rounding
+  return jnp.where(unmoved, 0.0, jnp.maximum(jnp.sum(jnp.exp(old) * (old - new), axis=-1), 0.0))
 
 
 def expert_overlap(new_index: Array, old_index: Array) -> Array:

@@ -41,7 +41,7 @@ class UpdateOptions:
     kl_coefficient, kl_estimator: of the KL term to the reference policy in the loss, per nat; 0 is off.
     entropy_coefficient: of an entropy bonus, per nat; 0 is off.
     load_balance_coefficient, router_z_coefficient: of the auxiliary losses of `rspo_jax.balance`, over all valid
-      tokens; 0 is off. With microbatches or pmap the first costs one more forward, so that it stays exact.
+      tokens; 0 is off. With microbatches or pmap they cost one more forward, so that the first stays exact.
     router_bias_rate: step of the bias on the experts' choice after every update; 0 is off.
     frozen: patterns of parameter paths that get no gradient; freeze them in the optimizer too
       (`rspo_jax.parameters.freeze`), or weight decay moves them.
@@ -206,9 +206,16 @@ def make_loss(policy: Policy, options: UpdateOptions) -> Callable[..., tuple[Arr
 
 
 def normalisers(
-  policy: Policy, options: UpdateOptions, state: TrainState, batch: TrainBatch, axis_name: str | None = None
+  policy: Policy,
+  options: UpdateOptions,
+  state: TrainState,
+  batch: TrainBatch,
+  *,
+  pieces: int,
+  axis_name: str | None = None,
 ) -> Normalisers:
-  """`Normalisers` of a whole minibatch; under `pmap`, of the minibatch that all devices share."""
+  """`Normalisers` of a whole minibatch whose loss is taken in so many pieces; under `pmap`, of that which all devices
+  share."""
   _check_batch(batch, options)
 
   def everywhere(x):
@@ -218,9 +225,9 @@ def normalisers(
   weight = jnp.maximum(everywhere(aggregation_weight(batch.action_mask, options.aggregation)), 1)
   tokens = jnp.maximum(everywhere(batch.valid.sum()), 1)
   choices = None
-  if options.load_balance_coefficient and (options.microbatches > 1 or axis_name is not None):
+  if options.watches_balance and (pieces > 1 or axis_name is not None):
     count = lambda part: _watched_forward(policy, state.params, part, options)[3].choices  # noqa: E731
-    choices = everywhere(jax.lax.map(count, split_rows(batch, options.microbatches)).sum(axis=0))
+    choices = everywhere(jax.lax.map(count, split_rows(batch, pieces)).sum(axis=0))
   return Normalisers(weight, tokens, choices, None if options.shift is None else options.shift.floor_at(state.step))
 
 
@@ -245,7 +252,7 @@ def make_train_step(policy: Policy, optimizer: optax.GradientTransformation, opt
   loss = make_loss(policy, options)
 
   def step(state: TrainState, batch: TrainBatch, axis_name: str | None = None):
-    norms = normalisers(policy, options, state, batch, axis_name)
+    norms = normalisers(policy, options, state, batch, pieces=options.microbatches, axis_name=axis_name)
     before = state.opt_state
     state, value, pieces, norm = _gradient_step(
       optimizer,

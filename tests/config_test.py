@@ -48,6 +48,7 @@ def test_a_config_survives_the_way_through_ml_collections():
     ("router__replay", "r2", "config.router.replay is 'r2'; want one of none, scoring, sampler"),
     ("objective__tau_pos", 2.0, "config.objective.tau_pos is 2.0, but gmpo has no such option; it has .*eps_low"),
     ("objective__scale", "batch_std", "config.objective.scale is 'batch_std'.*sequence"),
+    ("objective__baseline", "grup", "config.objective.baseline is 'grup'; want one of group_mean, leave_one_out, none"),
     ("mismatch__correction", "ris", "want one of none, tis, mis, icepop"),
   ],
 )
@@ -88,6 +89,10 @@ def test_objective_settings_reach_the_update():
   assert options.objective.func is grpo and options.objective.keywords == {"eps_low": 0.1}
   assert options.shift.floor == 0.8
   assert update_options(read_config(changed(router__shift=False))).shift is None
+  rloo = {"objective__name": "rloo", "objective__scale": "batch_std"}
+  assert recipe(read_config(changed(**rloo, objective__ratio="token"))).scale == "batch_std"
+  with pytest.raises(ValueError, match="batch_std.*rloo"):
+    recipe(read_config(changed(**rloo)))
   sapo = update_options(read_config(changed(objective__name="sapo", objective__tau_neg=1.2)))
   assert sapo.objective.keywords == {"tau_neg": 1.2}
 

@@ -26,11 +26,11 @@ def with_router(params, change):
 
 def test_gradient_noise_is_the_variance_of_the_mean_of_the_pieces_over_the_squared_gradient():
   policy, params, batch = setup()
-  options = UpdateOptions()
+  options = UpdateOptions(load_balance_coefficient=0.5)
   state = TrainState(params, optax.sgd(0.1).init(params), jnp.zeros((), jnp.int32))
   found = jax.jit(make_gradient_noise(policy, options, 4))(state, batch)
   assert set(found) == {f"noise/{group}" for group in (*GROUP_NAMES, "all")}
-  loss, norms = make_loss(policy, options), normalisers(policy, options, state, batch)
+  loss, norms = make_loss(policy, options), normalisers(policy, options, state, batch, pieces=4)
   gradient = jax.jit(jax.grad(lambda params, part: loss(params, part, norms)[0]))
   parts = split_rows(batch, 4)
   pieces = [gradient(params, jax.tree.map(lambda leaf, i=i: leaf[i], parts)) for i in range(4)]
@@ -42,6 +42,9 @@ def test_gradient_noise_is_the_variance_of_the_mean_of_the_pieces_over_the_squar
     ]
     return np.concatenate(kept).astype(np.float64)
 
+  whole = normalisers(policy, options, state, batch, pieces=1)
+  expected = jax.jit(jax.grad(lambda params: loss(params, batch, whole)[0]))(params)
+  np.testing.assert_allclose(sum(flat(piece, "all") for piece in pieces), flat(expected, "all"), atol=1e-5)
   for group in (*GROUP_NAMES, "all"):
     estimates = np.stack([4 * flat(piece, group) for piece in pieces])
     variance = estimates.var(axis=0, ddof=1).sum() / 4

@@ -177,3 +177,8 @@ def test_unknown_options_are_named(name):
 def test_a_schedule_needs_updates():
   with pytest.raises(ValueError, match="updates is 0; want at least 1"):
     linear_floor(1.0, 0.8, 0)
+
+
+def test_the_kl_of_routers_that_share_no_expert_is_finite():
+  far = router_kl(jnp.asarray([[-100.0, 0.0], [-9000.0, 0.0]]), jnp.asarray([[0.0, -100.0], [0.0, -9000.0]]))
+  np.testing.assert_allclose(far, [100.0, 9000.0], rtol=1e-6)

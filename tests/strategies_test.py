@@ -31,6 +31,7 @@ STRATEGIES = {
     "router.deviation": "kl",
     "router.placement": "weight",
     "router.freeze": True,
+    "router.z_loss": 0.001,
     "mismatch.correction": "tis",
     "diagnostics.every": 1,
     "diagnostics.pieces": 2,
@@ -40,7 +41,9 @@ STRATEGIES = {
 
 @functools.cache
 def setup(name, data_dir):
-  keys = {key: value for key, value in SETTINGS.items() if key != "runtime.cpu_devices"} | {
+  keys = {
+    key: value for key, value in SETTINGS.items() if key.startswith(("model.", "data.", "rl.minib", "rl.samples"))
+  } | {
     "rl.prompts": 16,
     "data.data_dir": data_dir,
     "runtime.mesh": {"data": 8},

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from experiments.config import read_config
-from experiments.wiring import build, make_optimizer
+from experiments.wiring import build, rl_optimizer
 from rspo_jax import mesh
 from rspo_jax.checkpoint import Checkpoints, fingerprints
 from rspo_jax.metrics import METRICS, deterministic, read_metrics
@@ -41,6 +41,19 @@ SETTINGS = {
   "evaluation.every": 2,
   "checkpoint.every": 1,
   "runtime.cpu_devices": 2,
+  # Everything that can be on at once: a continued run has to bring back a reference policy, an optimizer that differs
+  # by phase, and further rounds of sampling.
+  "objective.kl_coefficient": 0.01,
+  "router.freeze": True,
+  "router.replay": "scoring",
+  "router.replay_gates": True,
+  "router.load_balance": 0.01,
+  "router.z_loss": 0.001,
+  "mismatch.correction": "tis",
+  "rl.dynamic_sampling_rounds": 2,
+  "rl.overlong_buffer": 4,
+  "diagnostics.every": 2,
+  "diagnostics.pieces": 2,
 }
 
 
@@ -85,7 +98,7 @@ def results(workdir):
     given.runtime.mesh = {"data": 8}
     given.rl.samples_per_prompt, given.rl.prompts = 8, 16  # rows that divide over the test's own eight devices
   parts = build(read_config(given))
-  optimizer, _ = make_optimizer(parts.config.rl.optimizer, 8)
+  optimizer, _ = rl_optimizer(parts.config)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     restored = checkpoints.restore(mesh.abstract_state(parts.policy, optimizer, parts.layout))
   return [deterministic(row) for row in read_metrics(workdir / "metrics.jsonl")], fingerprints(restored.state)
@@ -156,7 +169,7 @@ def test_another_config_in_an_old_workdir_is_refused_with_the_differing_keys(ref
     ("rl.step", "3", 'Did you mean "steps"'),
     ("rl.steps", "ten", "config.rl.steps"),
     ("rl.prompts", "6", "config.rl.prompts"),
-    ("objective.name", "ppo", "want one of gmpo"),
+    ("objective.name", "ppo", "want one of cispo"),
     ("data.options.test", "10000000", "distinct Countdown problems"),
   ],
 )
