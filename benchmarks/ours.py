@@ -108,10 +108,13 @@ def _batch(setup: Setup) -> TrainBatch:
   return TrainBatch(tokens, valid, actions, scores.log_prob, advantage, scores.trace, **others)
 
 
-def _step(setup: Setup, objective: str, shift: ShiftOptions | None, **options: Any) -> Any:
+def _step(setup: Setup, objective: str, shift: ShiftOptions | None, metrics: bool = True, **options: Any) -> Any:
+  """metrics: hand out the step's diagnostics; else XLA drops all that only they need."""
   named = objectives.OBJECTIVES[objective]
   update = UpdateOptions(named.objective, named.aggregation, norm_length=NEW_TOKENS, shift=shift, **options)
-  return jit_step(make_train_step(setup.policy, setup.optimizer, update), setup.layout, setup.shardings)
+  step = make_train_step(setup.policy, setup.optimizer, update)
+  chosen = step if metrics else lambda state, batch: (step(state, batch)[0], {})
+  return jit_step(chosen, setup.layout, setup.shardings)
 
 
 def train_step(objective: str = "grpo", devices: int | None = None) -> Case:
@@ -180,6 +183,8 @@ STRATEGIES: dict[str, tuple[str, ShiftOptions | None, dict[str, Any]]] = {
   "grpo + frozen router": ("grpo", None, {"frozen": (ROUTER,)}),
   "grpo + TIS": ("grpo", None, {"mismatch": MismatchOptions()}),
   "grpo + KL + entropy bonus": ("grpo", None, {"kl_coefficient": 0.01, "entropy_coefficient": 0.01}),
+  "grpo without any diagnostics": ("grpo", None, {"metrics": False}),
+  "RSPO without any diagnostics": ("gmpo", ShiftOptions(), {"metrics": False}),
   "grpo + balance and z losses": ("grpo", None, {"load_balance_coefficient": 0.01, "router_z_coefficient": 0.01}),
 }
 

@@ -68,9 +68,10 @@ PANELS = (
     "clip", "Clipped terms, floored tokens", "share",
     (
       Curve("clip/low", "clipped low", BLUE), Curve("clip/high", "clipped high", ORANGE),
-      Curve("shift/floor_fraction", "gamma at its floor", GREEN),
+      Curve("clip/effective", "without gradient", PURPLE), Curve("shift/floor_fraction", "gamma at its floor", GREEN),
     ),
-    "Terms whose ratio left the trust region, tokens whose routing moved beyond the floor of gamma.", bounds=(0, None),
+    "Tokens held at a bound, those that lost their gradient to it, those whose routing moved beyond gamma's floor.",
+    bounds=(0, None),
   ),
   Panel(
     "gamma", "Router-shift weight gamma", "gamma",
@@ -78,13 +79,31 @@ PANELS = (
     "Trust in a token after its routing moved; 1 where the router stood still.", bounds=(None, 1),
   ),
   Panel(
-    "drift", "Router drift by layer", "nats", (Curve("shift/layer_drift", "layer", BLUE),),
-    "Mean absolute change of the old experts' router log-probabilities.", bounds=(0, None),
+    "drift", "Router drift by layer", "unit of the deviation", (Curve("shift/layer_drift", "layer", BLUE),),
+    "How the router's view of the old experts changed: by default mean absolute change of log-probability, nats.",
+    bounds=(0, None),
   ),
   Panel(
     "overlap", "What is left of the old policy", "share",
     (Curve("router/overlap", "old experts still chosen", BLUE), Curve("ratio/ess", "effective sample size", ORANGE)),
     "1 right after sampling; falls as the updates of one step move router and policy.", bounds=(None, 1),
+  ),
+  Panel(
+    "replay", "What routing explains", "share of squared log-ratio",
+    (
+      Curve("replay/experts_share", "old experts pinned", BLUE, marker="o"),
+      Curve("replay/gates_share", "and their gates", ORANGE, marker="D"),
+    ),
+    "1: importance ratios come from the router alone; 0: it has no part in them.",
+  ),
+  Panel(
+    "noise", "Gradient noise over signal", "variance / squared norm (log)",
+    (
+      Curve("noise/all", "all", BLACK, marker="o"), Curve("noise/router", "router", ORANGE, marker="o"),
+      Curve("noise/experts", "experts", BLUE, marker="o"), Curve("noise/attention", "attention", GREEN, marker="o"),
+      Curve("noise/embedding", "embedding", PURPLE, marker="o"),
+    ),
+    "Of a minibatch's gradient, from the spread of its pieces; above 1 it is mostly noise.", log=True,
   ),
   Panel(
     "kl", "Divergence from the sampling policy", "nats per token", (Curve("kl/approx", "KL(old, new), k3", BLUE),),
@@ -110,6 +129,10 @@ PANELS = (
   Panel(
     "load", "Expert load", "tokens over mean tokens", (Curve("router/load_max_over_mean", "busiest expert", BLUE),),
     "1 is even; experts / active experts is the worst there can be.", bounds=(1, None),
+  ),
+  Panel(
+    "router_entropy", "Router entropy", "nats", (Curve("router/entropy", "mean over tokens and layers", BLUE),),
+    "Falling towards 0: the routers decide ever more sharply.", bounds=(0, None),
   ),
   Panel(
     "dead", "Experts without a token", "share of experts", (Curve("router/dead_fraction", "all layers", BLUE),),
