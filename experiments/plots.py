@@ -67,8 +67,8 @@ PANELS = (
   Panel(
     "clip", "Clipped terms, floored tokens", "share",
     (
-      Curve("clip/low", "clipped low", BLUE), Curve("clip/high", "clipped high", ORANGE),
-      Curve("clip/effective", "without gradient", PURPLE), Curve("shift/floor_fraction", "gamma at its floor", GREEN),
+      Curve("clip/low", "low", BLUE), Curve("clip/high", "high", ORANGE),
+      Curve("clip/effective", "no gradient", PURPLE), Curve("shift/floor_fraction", "gamma at floor", GREEN),
     ),
     "Tokens held at a bound, those that lost their gradient to it, those whose routing moved beyond gamma's floor.",
     bounds=(0, None),
