@@ -208,7 +208,7 @@ class Witness:
   def run_ours(self, params: Any, tokens: np.ndarray, valid: np.ndarray):
     """logits [B, T, V], (router logits, expert choice) [L, B, T, ...]."""
     hidden, probed = self.policy.forward(
-      params, tokens, valid, probe=lambda logits, expert_index, _: (logits, expert_index)
+      params, tokens, valid, probe=lambda router, _: (router.logits, router.expert_index)
     )
     return self.policy.unembed(params, hidden), probed
 
