@@ -1,29 +1,35 @@
 """The experts of one layer on a mesh: every device runs the experts it holds on the tokens of its expert group."""
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from models.moe import run_experts
+from models.moe import Experts, run_experts
 from rspo_jax.types import Array, Layout
 
 
-def choose_experts(score: Array, k: int, layout: Layout | None) -> tuple[Array, Array]:
-  """The k largest of score [B, T, E]: (values, expert_index int32), each [B, T, k], largest first.
+def choose(score: Array, k: int, layout: Layout | None) -> tuple[Array, Array]:
+  """The k largest along the last axis of score [B, ..., N]: (values, index int32), each [B, ..., k], largest first.
 
   Every device chooses for its own rows: left to itself, XLA gathers the scores of all rows on all devices.
   """
-  choose = functools.partial(jax.lax.top_k, k=k)
+  largest = functools.partial(jax.lax.top_k, k=k)
   if layout is None:
-    return choose(score)
-  rows = layout.spec("batch", None, None)
-  return jax.shard_map(choose, mesh=layout.mesh, in_specs=rows, out_specs=rows)(score)
+    return largest(score)
+  rows = layout.spec("batch", *[None] * (score.ndim - 1))
+  return jax.shard_map(largest, mesh=layout.mesh, in_specs=rows, out_specs=rows)(score)
 
 
 def run_sharded_experts(
-  x: Array, expert_index: Array, gate: Array, weights: Sequence[Array], *, backend: str, layout: Layout | None
+  x: Array,
+  expert_index: Array,
+  gate: Array,
+  weights: Experts,
+  *,
+  swiglu_limit: float | None = None,
+  backend: str,
+  layout: Layout | None,
 ) -> Array:
   """`run_experts` for x [B, T, D], expert_index and gate [B, T, K], over the mesh of `layout` (None: one device).
 
@@ -36,10 +42,10 @@ def run_sharded_experts(
 
   def run_flat(x, expert_index, gate, weights):
     flat = [array.reshape(-1, array.shape[-1]) for array in (x, expert_index, gate)]
-    return run_experts(*flat, weights, backend=backend).reshape(x.shape)
+    return run_experts(*flat, weights, swiglu_limit=swiglu_limit, backend=backend).reshape(x.shape)
 
   if layout is None:
-    return run_flat(x, expert_index, gate, tuple(weights))
+    return run_flat(x, expert_index, gate, weights)
 
   def used(axis: str | None) -> str | None:
     """A collective over one device still costs a rendezvous."""
@@ -48,7 +54,7 @@ def run_sharded_experts(
   expert_axis, inner_axis = used(layout.rules["experts"]), used(layout.rules["expert_mlp"])
 
   def run_local(x, expert_index, gate, weights):
-    experts_here = weights[0].shape[0]
+    experts_here = weights.gate.shape[0]
     if expert_axis is not None:
       x = jax.lax.all_gather(x, expert_axis, axis=0, tiled=True)
       gate, expert_index = _gather_pairs(gate, expert_index, expert_axis)
@@ -62,15 +68,16 @@ def run_sharded_experts(
 
   rows = layout.spec("batch", None, None)
   inward, outward = layout.spec("experts", None, "expert_mlp"), layout.spec("experts", "expert_mlp", None)
+  bias = None if weights.gate_bias is None else layout.spec("experts", "expert_mlp")
   # check_vma=False: the blocks backend has its own VJP, whose weight gradients are local; the transpose of shard_map
   # then sums them over the axes the weights are not split on.
   return jax.shard_map(
     run_local,
     mesh=layout.mesh,
-    in_specs=(rows, rows, rows, (inward, inward, outward)),
+    in_specs=(rows, rows, rows, Experts(inward, inward, outward, bias, bias)),
     out_specs=rows,
     check_vma=False,
-  )(x, expert_index, gate, tuple(weights))
+  )(x, expert_index, gate, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

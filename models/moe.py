@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from models.moe_blocks import order_by_expert, run_blocks
+from models.moe_blocks import Experts, order_by_expert, run_blocks, swiglu
 
 # (pairs per expert, rows of a block): a block has this many rows while an expert gets fewer pairs than that on
 # average. One core of a Zen 5, float32, width 256 and 16 experts of 128; time against the best of 4..256 rows: 8 pairs
@@ -14,8 +14,8 @@ BLOCK_ROWS = ((2, 1), (48, 8), (256, 64))
 BLOCK_ROWS_LARGE = 128
 
 
-def run_experts(x, expert_index, gate, weights, *, backend="auto"):
-  """y_n = sum_k gate[n, k] * (silu(x_n @ w_gate[e]) * (x_n @ w_up[e])) @ w_down[e], e = expert_index[n, k].
+def run_experts(x, expert_index, gate, weights, *, swiglu_limit=None, backend="auto"):
+  """y_n = sum_k gate[n, k] * swiglu(x_n @ w_gate[e], x_n @ w_up[e]) @ w_down[e], e = expert_index[n, k].
 
   Every backend gives the same numbers; products are accumulated and combined in float32. Differentiable (reverse
   mode) in x, gate and weights.
@@ -25,7 +25,9 @@ def run_experts(x, expert_index, gate, weights, *, backend="auto"):
     expert_index: [N, K] int32. An entry outside [0, E) names no expert here: it adds exactly zero and costs no
       work (padding, finished rows, experts of another device).
     gate: [N, K] float32.
-    weights: (w_gate [E, D, F], w_up [E, D, F], w_down [E, F, D]), used in x's dtype.
+    weights: `Experts`, or its (w_gate [E, D, F], w_up [E, D, F], w_down [E, F, D]), used in x's dtype; its biases, if
+      it has them, are added to what enters the SwiGLU.
+    swiglu_limit: see `swiglu`.
     backend: "dense" runs every expert on every token, "ragged" is `jax.lax.ragged_dot` over sorted tokens,
       "blocks" loops over blocks of one expert's tokens; "auto" is blocks on CPU and ragged elsewhere.
   Returns:
@@ -33,13 +35,15 @@ def run_experts(x, expert_index, gate, weights, *, backend="auto"):
   Raises:
     ValueError: an unknown backend, shapes that do not belong together, or too many pairs (`order_by_expert`).
   """
+  weights = Experts(*weights)
   _check(x, expert_index, gate, weights, backend)
   if backend == "auto":
     backend = "blocks" if jax.default_backend() == "cpu" else "ragged"
   if backend == "blocks":
-    return run_blocks(x, expert_index, gate, weights, block_rows(expert_index.size, weights[0].shape[0]))
-  weights = tuple(w.astype(x.dtype) for w in weights)
-  return (_dense if backend == "dense" else _ragged)(x, expert_index, gate, weights)
+    rows = block_rows(expert_index.size, weights.gate.shape[0])
+    return run_blocks(x, expert_index, gate, weights, rows, swiglu_limit)
+  weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
+  return (_dense if backend == "dense" else _ragged)(x, expert_index, gate, weights, swiglu_limit)
 
 
 def block_rows(pairs, num_experts):
@@ -50,7 +54,7 @@ def block_rows(pairs, num_experts):
 def _check(x, expert_index, gate, weights, backend):
   if backend not in ("auto", "dense", "ragged", "blocks"):
     raise ValueError(f"backend is {backend!r}; want 'auto', 'dense', 'ragged' or 'blocks'.")
-  shapes = tuple(w.shape for w in weights)
+  shapes = tuple(w.shape for w in weights[:3])
   experts, hidden = shapes[0][0], shapes[0][-1]
   inward, outward = (experts, x.shape[-1], hidden), (experts, hidden, x.shape[-1])
   if x.ndim != 2 or shapes != (inward, inward, outward):
@@ -65,30 +69,35 @@ def _check(x, expert_index, gate, weights, backend):
     )
 
 
-def _dense(x, expert_index, gate, weights):
-  w_gate, w_up, w_down = weights
+def _dense(x, expert_index, gate, weights, limit):
   dtype = jnp.promote_types(x.dtype, jnp.float32)
-  chosen = expert_index[..., None] == jnp.arange(w_gate.shape[0])
+  chosen = expert_index[..., None] == jnp.arange(weights.gate.shape[0])
   share = jnp.sum(jnp.where(chosen, gate[..., None], 0), axis=1)
-  a = jnp.einsum("nd,edf->enf", x, w_gate, preferred_element_type=dtype)
-  u = jnp.einsum("nd,edf->enf", x, w_up, preferred_element_type=dtype)
-  out = jnp.einsum("enf,efd->end", (jax.nn.silu(a) * u).astype(x.dtype), w_down, preferred_element_type=dtype)
+  a = jnp.einsum("nd,edf->enf", x, weights.gate, preferred_element_type=dtype)
+  u = jnp.einsum("nd,edf->enf", x, weights.up, preferred_element_type=dtype)
+  if weights.gate_bias is not None:
+    a, u = a + weights.gate_bias[:, None], u + weights.up_bias[:, None]
+  hidden = swiglu(a, u, limit).astype(x.dtype)
+  out = jnp.einsum("enf,efd->end", hidden, weights.down, preferred_element_type=dtype)
   return jnp.einsum("end,ne->nd", out, share).astype(x.dtype)
 
 
-def _ragged(x, expert_index, gate, weights):
-  w_gate, w_up, w_down = weights
+def _ragged(x, expert_index, gate, weights, limit):
   dtype = jnp.promote_types(x.dtype, jnp.float32)
-  order = order_by_expert(expert_index, w_gate.shape[0])
+  order = order_by_expert(expert_index, weights.gate.shape[0])
   place = jnp.zeros_like(order.pair).at[order.pair].set(jnp.arange(order.pair.size, dtype=jnp.int32))
   sizes = jnp.diff(order.start)
   # What ragged_dot leaves in rows behind the last group, forwards and backwards, is nobody's promise.
   live = (jnp.arange(order.pair.size) < order.start[-1])[:, None]
 
-  def dot(rows, w):
+  def dot(rows, w, bias=None):
     rows = jnp.where(live, rows, 0).astype(x.dtype)
-    return jnp.where(live, jax.lax.ragged_dot(rows, w, sizes, preferred_element_type=dtype), 0)
+    out = jax.lax.ragged_dot(rows, w, sizes, preferred_element_type=dtype)
+    if bias is not None:
+      out = out + bias.at[expert_index.reshape(-1)[order.pair]].get(mode="clip")
+    return jnp.where(live, out, 0)
 
   x_rows = x[order.pair // gate.shape[1]]
-  out = dot(jax.nn.silu(dot(x_rows, w_gate)) * dot(x_rows, w_up), w_down)
+  hidden = swiglu(dot(x_rows, weights.gate, weights.gate_bias), dot(x_rows, weights.up, weights.up_bias), limit)
+  out = dot(hidden, weights.down)
   return jnp.einsum("nkd,nk->nd", out[place.reshape(gate.shape)], gate).astype(x.dtype)

@@ -1,25 +1,39 @@
 """Makes a `Policy` of a transformer configuration: the pure functions that sampling, scoring and training call."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
-from models.config import TransformerConfig
-from models.transformer import Block, Context, LayerInputs, RMSNorm, Transformer, rotary_angles
+from models.attention import Context, LayerCache, RMSNorm, init_layer_cache
+from models.config import LoraConfig, TransformerConfig
+from models.rotary import rotary_angles
+from models.transformer import Block, LayerInputs, Transformer
+from models.weights import lora_update
 from rspo_jax.types import Array, Layout, Params, Policy, Probe, router_logits_probe
 
 
 class KeyValueCache(NamedTuple):
-  """layers: per layer a pair [B, Hkv, S, head_dim]; valid [B, S] bool, slots to look at; position [B] int32, how many
-  valid tokens a row has seen; slot [] int32, the next slot to write, the same for all rows."""
+  """What the sampler remembers of a batch.
 
-  layers: tuple[tuple[Array, Array], ...]
+  Attributes:
+    layers: per layer arrays [B, heads, S, width] (`models.attention.init_layer_cache`).
+    valid: [B, S] bool, slots to look at. position: [B] int32, how many valid tokens a row has seen.
+    slot: [] int32, the next slot to write, the same for all rows.
+  """
+
+  layers: tuple[LayerCache, ...]
   valid: Array
   position: Array
   slot: Array
+
+
+# Router shift compares log-probabilities of the experts: of all of them together, or of each for itself.
+_ROUTER_LOG_PROB = {"softmax": functools.partial(jax.nn.log_softmax, axis=-1), "sigmoid": jax.nn.log_sigmoid}
 
 
 def build_policy(config: TransformerConfig, layout: Layout | None = None) -> Policy:
@@ -40,6 +54,7 @@ def build_policy(config: TransformerConfig, layout: Layout | None = None) -> Pol
     kernel = params["embedding"].T if config.tie_word_embeddings else params["lm_head"]
     return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
+  merged = dataclasses.replace(config, lora=LoraConfig())
   return Policy(
     init=init,
     logical_axes=logical_axes,
@@ -47,9 +62,9 @@ def build_policy(config: TransformerConfig, layout: Layout | None = None) -> Pol
     unembed=unembed,
     for_decode=functools.partial(_for_decode, config),
     init_cache=functools.partial(_init_cache, config),
-    prefill=functools.partial(_prefill, config, layout),
-    decode=functools.partial(_decode, config, layout),
-    router_log_prob=functools.partial(jax.nn.log_softmax, axis=-1),
+    prefill=functools.partial(_prefill, merged, layout),
+    decode=functools.partial(_decode, merged, layout),
+    router_log_prob=_ROUTER_LOG_PROB[config.scoring_func],
     num_moe_layers=config.num_moe_layers,
     num_experts=config.num_experts,
     experts_per_token=config.num_experts_per_tok,
@@ -75,11 +90,27 @@ def _boxed_init(config: TransformerConfig, rng: Array):
   return Transformer(config, probe=router_logits_probe).init(rng, one, one.astype(bool))["params"]
 
 
+def merge_lora(config: TransformerConfig, params: Params) -> tuple[TransformerConfig, Params]:
+  """The configuration and parameters without adapters that compute the same: W + alpha / rank * A B in W's place."""
+  if not config.lora.rank:
+    return config, params
+  flat = traverse_util.flatten_dict(params)
+  merged = {}
+  for path, leaf in flat.items():
+    a, b = ((*path[:-1], f"{path[-1]}_lora_{which}") for which in "ab")
+    if a in flat:
+      merged[path] = (leaf + lora_update(config.lora, leaf.shape, flat[a], flat[b])).astype(leaf.dtype)
+    elif not path[-1].endswith(("_lora_a", "_lora_b")):
+      merged[path] = leaf
+  return dataclasses.replace(config, lora=LoraConfig()), traverse_util.unflatten_dict(merged)
+
+
 def _for_decode(config: TransformerConfig, params: Params, slots: int) -> dict[str, Any]:
   """One tree per layer: slicing stacked layers inside the decode loop would copy them at every step.
 
   "rotary" holds the cosines and sines of all positions: made in the loop, XLA computes them anew for every head.
   """
+  config, params = merge_lora(config, params)
   layers = []
   for number, (_, length) in enumerate(config.segments):
     stacked = params[f"layers_{number}"]
@@ -89,10 +120,8 @@ def _for_decode(config: TransformerConfig, params: Params, slots: int) -> dict[s
 
 
 def _init_cache(config: TransformerConfig, batch: int, slots: int) -> KeyValueCache:
-  shape = (batch, config.num_key_value_heads, slots, config.head_dim)
-  empty = jnp.zeros(shape, config.dtype)
   return KeyValueCache(
-    layers=((empty, empty),) * config.num_hidden_layers,
+    layers=(init_layer_cache(config, batch, slots),) * config.num_hidden_layers,
     valid=jnp.zeros((batch, slots), bool),
     position=jnp.zeros((batch,), jnp.int32),
     slot=jnp.zeros((), jnp.int32),
@@ -109,14 +138,16 @@ def _prefill(config, layout, params, tokens, valid, cache: KeyValueCache, *, pro
   remembered = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, cache.slot, axis=1)
   slots, queries = jnp.arange(cache.valid.shape[1]), cache.slot + jnp.arange(length)
   mask = remembered[:, None, :] & (slots <= queries[:, None]) | (slots == queries[:, None])
-  context = Context(cos, sin, mask, valid, cache.slot)
+  distance = queries[:, None] - slots if config.sliding_layers else None
+  context = Context(cos, sin, mask, valid, distance, cache.slot)
 
   x = params["embedding"].astype(config.dtype)[tokens]
   layers, seen = [], []
   for number, weights in enumerate(params["layers"]):
     block = Block(config, config.is_moe_layer(number), probe, layout)
-    x, (key_value, probed) = block.apply({"params": weights}, x, context, LayerInputs(cache.layers[number]))
-    layers.append(key_value)
+    inputs = LayerInputs(cache.layers[number], window=config.window(number))
+    x, (layer_cache, probed) = block.apply({"params": weights}, x, context, inputs)
+    layers.append(layer_cache)
     if config.is_moe_layer(number):
       seen.append(probed)
   hidden = RMSNorm(config.rms_norm_eps).apply({"params": params["final_norm"]}, x)

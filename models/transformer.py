@@ -1,132 +1,52 @@
-"""The layers: attention with query/key norms and rotary positions, SwiGLU experts behind a float32 softmax router.
+"""The layers of a decoder: attention, then experts behind a float32 router, or a dense SwiGLU.
 
-Source: Qwen3 technical report (arXiv 2505.09388); tests/hf_test.py holds it to transformers' `Qwen3MoeForCausalLM`.
+Families differ by `TransformerConfig` alone; tests/families_test.py holds every one to transformers' own model.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.config import TransformerConfig
-from models.expert_parallel import choose_experts, run_sharded_experts
+from models.attention import Attention, Context, LayerCache, RMSNorm
+from models.config import LoraConfig, TransformerConfig
+from models.expert_parallel import run_sharded_experts
+from models.moe import Experts
+from models.rotary import rotary_angles
+from models.router import route
+from models.weights import matrix, weight, zeros
 from rspo_jax.types import Array, Layout, Probe, Replay, RouterOutput
 
 
-class Context(NamedTuple):
-  """What every layer shares. cos, sin [B, T, head_dim / 2]; mask [B, T, S] bool, True where a query may look; valid
-  [B, T] bool; slot [] int32, the cache slot of the first token (None without a cache)."""
-
-  cos: Array
-  sin: Array
-  mask: Array
-  valid: Array
-  slot: Array | None = None
-
-
 class LayerInputs(NamedTuple):
-  """What one layer alone gets. key_value: a pair [B, Hkv, S, head_dim], the layer's cache; replay: leaves [B, T, K]."""
+  """What one layer alone gets. cache: see `models.attention`; replay: leaves [B, T, K]; window: tokens that a query
+  sees, [] int32 where layers are scanned, None in a model without sliding windows."""
 
-  key_value: tuple[Array, Array] | None = None
+  cache: LayerCache | None = None
   probe_inputs: Any = None
   replay: Replay | None = None
-
-
-def rotary_angles(config: TransformerConfig, positions: Array) -> tuple[Array, Array]:
-  """cos and sin of the rotary angles, [..., head_dim / 2] float32, for integer positions [...]."""
-  half = config.head_dim // 2
-  frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[..., None].astype(jnp.float32) * frequency
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-  """Turns x [B, T, H, head_dim] by its position; the two halves of head_dim are the pairs (Hugging Face's order)."""
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos[:, :, None], sin[:, :, None]
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def _matrix(axes: tuple[str | None, ...], inputs: int, outputs: int) -> Callable:
-  """Fan-in scaled initialiser: axis `inputs` is contracted, axes left of it are batched."""
-  batch = tuple(range(inputs))
-  return nn.with_logical_partitioning(
-    nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", inputs, outputs, batch_axis=batch),
-    axes,
-  )
-
-
-class RMSNorm(nn.Module):
-  epsilon: float
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],))
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-    return wide.astype(x.dtype) * scale.astype(x.dtype)
-
-
-class Attention(nn.Module):
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self, x: Array, context: Context, key_value: tuple[Array, Array] | None):
-    c = self.config
-    batch, length, width = x.shape
-    groups = c.num_attention_heads // c.num_key_value_heads
-
-    def project(name: str, heads: int, axis: str) -> Array:
-      kernel = self.param(
-        name, _matrix(("embed", axis, "head_dim"), 0, (1, 2)), (width, heads, c.head_dim), jnp.float32
-      )
-      flat = x @ kernel.astype(x.dtype).reshape(width, heads * c.head_dim)
-      return flat.reshape(batch, length, heads, c.head_dim)
-
-    query = RMSNorm(c.rms_norm_eps, name="query_norm")(project("query", c.num_attention_heads, "heads"))
-    key = RMSNorm(c.rms_norm_eps, name="key_norm")(project("key", c.num_key_value_heads, "kv_heads"))
-    value = project("value", c.num_key_value_heads, "kv_heads").swapaxes(1, 2)
-    query = rotate(query, context.cos, context.sin)
-    key = rotate(key, context.cos, context.sin).swapaxes(1, 2)
-
-    if key_value is not None:
-      key_value = key, value = tuple(
-        jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), context.slot, axis=2)
-        for cache, new in zip(key_value, (key, value), strict=True)
-      )
-    # [B, Hkv, groups * T, head_dim]: the queries of a key/value head are rows of one batched product.
-    query = query.reshape(batch, length, c.num_key_value_heads, groups, c.head_dim).transpose(0, 2, 3, 1, 4)
-    query = query.reshape(batch, c.num_key_value_heads, groups * length, c.head_dim)
-    scores = jnp.einsum("bhqd,bhsd->bhqs", query, key.astype(query.dtype), preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, c.num_key_value_heads, groups, length, -1) * c.head_dim**-0.5
-    scores = jnp.where(context.mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-    weights = weights.reshape(batch, c.num_key_value_heads, groups * length, -1)
-    mixed = jnp.einsum("bhqs,bhsd->bhqd", weights, value.astype(x.dtype))
-    mixed = mixed.reshape(batch, c.num_attention_heads, length, c.head_dim).swapaxes(1, 2)
-
-    shape = (c.num_attention_heads, c.head_dim, width)
-    init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", (0, 1), 2)
-    kernel = self.param("out", nn.with_logical_partitioning(init, ("heads", "head_dim", "embed")), shape, jnp.float32)
-    out = mixed.reshape(batch, length, -1) @ kernel.astype(x.dtype).reshape(-1, width)
-    return out, key_value
+  window: Array | int | None = None
 
 
 class DenseMLP(nn.Module):
-  config: TransformerConfig
+  """x [B, T, D] -> [B, T, D] through a SwiGLU of this width."""
+
+  inner: int
+  lora: LoraConfig
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    width, inner = x.shape[-1], self.config.intermediate_size
-    gate = self.param("gate", _matrix(("embed", "mlp"), 0, 1), (width, inner), jnp.float32)
-    up = self.param("up", _matrix(("embed", "mlp"), 0, 1), (width, inner), jnp.float32)
-    down = self.param("down", _matrix(("mlp", "embed"), 0, 1), (inner, width), jnp.float32)
+    width, inner = x.shape[-1], self.inner
+    gate = weight(self, self.lora, "gate", ("embed", "mlp"), (width, inner))
+    up = weight(self, self.lora, "up", ("embed", "mlp"), (width, inner))
+    down = weight(self, self.lora, "down", ("mlp", "embed"), (inner, width))
     return (jax.nn.silu(x @ gate.astype(x.dtype)) * (x @ up.astype(x.dtype))) @ down.astype(x.dtype)
 
 
 class MoE(nn.Module):
+  """x [B, T, D] -> ([B, T, D], what the probe saw)."""
+
   config: TransformerConfig
   probe: Probe
   layout: Layout | None = None
@@ -134,36 +54,52 @@ class MoE(nn.Module):
   @nn.compact
   def __call__(self, x: Array, valid: Array, probe_inputs: Any, replay: Replay | None):
     c = self.config
-    width, inner, experts = x.shape[-1], c.moe_intermediate_size, c.num_experts
-    router = self.param("router", _matrix(("embed", None), 0, 1), (width, experts), jnp.float32)
-    logits = jnp.matmul(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
-    probability = jax.nn.softmax(logits, axis=-1)
-    score = probability
-    if c.router_bias:
-      bias = self.param("router_bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (experts,))
-      score = probability + jax.lax.stop_gradient(bias)
-    if replay is not None:
-      expert_index = replay.expert_index.astype(jnp.int32)
+    if c.is_dense:
+      logits, bias = jnp.zeros((*x.shape[:2], 1), jnp.float32), None
     else:
-      gate, expert_index = choose_experts(score, c.num_experts_per_tok, self.layout)
-    if replay is not None or c.router_bias:
-      gate = jnp.take_along_axis(probability, expert_index, axis=-1)
-    if c.norm_topk_prob:
-      gate = gate / jnp.sum(gate, axis=-1, keepdims=True)
-    if replay is not None and replay.gate is not None:
-      gate = replay.gate
+      router = weight(self, c.lora, "router", ("embed", None), (x.shape[-1], c.num_experts))
+      logits = jnp.matmul(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+      if c.router_logit_bias:
+        logits = logits + self.param("router_logit_bias", zeros(None), (c.num_experts,))
+      bias = self.param("router_bias", zeros(None), (c.num_experts,)) if c.router_bias else None
+    expert_index, gate = route(c, logits, bias, replay, self.layout)
     probed = self.probe(RouterOutput(logits, expert_index, gate), probe_inputs)
 
-    inward, outward = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
-    weights = (
-      self.param("gate", _matrix(inward, 1, 2), (experts, width, inner), jnp.float32),
-      self.param("up", _matrix(inward, 1, 2), (experts, width, inner), jnp.float32),
-      self.param("down", _matrix(outward, 1, 2), (experts, inner, width), jnp.float32),
-    )
     # A padded position names expert E: no expert at all, so no work.
-    expert_index = jnp.where(valid[..., None], expert_index, experts)
-    weights = tuple(w.astype(x.dtype) for w in weights)
-    return run_sharded_experts(x, expert_index, gate, weights, backend=c.expert_backend, layout=self.layout), probed
+    expert_index = jnp.where(valid[..., None], expert_index, c.num_experts)
+    weights, down_bias = self._experts(x)
+    y = run_sharded_experts(
+      x, expert_index, gate, weights, swiglu_limit=c.swiglu_limit, backend=c.expert_backend, layout=self.layout
+    )
+    if down_bias is not None:
+      share = jnp.sum(gate[..., None] * (expert_index[..., None] == jnp.arange(c.num_experts)), axis=-2)
+      y = y + jnp.matmul(share, down_bias, preferred_element_type=jnp.float32).astype(x.dtype)
+    if c.shared_expert_intermediate_size:
+      shared = DenseMLP(c.shared_expert_intermediate_size, c.lora, name="shared")(x)
+      if c.shared_expert_gate:
+        kernel = weight(self, c.lora, "shared_gate", ("embed", None), (x.shape[-1], 1))
+        shared = jax.nn.sigmoid(x @ kernel.astype(x.dtype)) * shared
+      y = y + shared
+    return y, probed
+
+  def _experts(self, x: Array) -> tuple[Experts, Array | None]:
+    """The weights in x's dtype, and the bias [E, D] float32 of what comes out of an expert."""
+    c = self.config
+    experts, width, inner = c.num_experts, x.shape[-1], c.moe_intermediate_size
+    inward, outward = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
+    weights = Experts(
+      weight(self, c.lora, "gate", inward, (experts, width, inner), inputs=(1,)),
+      weight(self, c.lora, "up", inward, (experts, width, inner), inputs=(1,)),
+      weight(self, c.lora, "down", outward, (experts, inner, width), inputs=(1,)),
+    )
+    down_bias = None
+    if c.expert_bias:
+      gate_bias, up_bias = (
+        self.param(name, zeros("experts", "expert_mlp"), (experts, inner)) for name in ("gate_bias", "up_bias")
+      )
+      weights = weights._replace(gate_bias=gate_bias, up_bias=up_bias)
+      down_bias = self.param("down_bias", zeros("experts", "embed"), (experts, width))
+    return jax.tree.map(lambda w: w.astype(x.dtype), weights), down_bias
 
 
 class Block(nn.Module):
@@ -176,18 +112,19 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, context: Context, inputs: LayerInputs):
+    c = self.config
     if self.layout is not None:
       x = jax.lax.with_sharding_constraint(x, self.layout.sharding("batch", None, None))
-    normed = RMSNorm(self.config.rms_norm_eps, name="attention_norm")(x)
-    update, key_value = Attention(self.config, name="attention")(normed, context, inputs.key_value)
+    normed = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
+    update, cache = Attention(c, name="attention")(normed, context, inputs.window, inputs.cache)
     x = x + update
-    normed = RMSNorm(self.config.rms_norm_eps, name="mlp_norm")(x)
+    normed = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
     if self.is_moe:
-      moe = MoE(self.config, self.probe, self.layout, name="moe")
+      moe = MoE(c, self.probe, self.layout, name="moe")
       update, probed = moe(normed, context.valid, inputs.probe_inputs, inputs.replay)
     else:
-      update, probed = DenseMLP(self.config, name="mlp")(normed), None
-    return x + update, (key_value, probed)
+      update, probed = DenseMLP(c.intermediate_size, c.lora, name="mlp")(normed), None
+    return x + update, (cache, probed)
 
 
 class Transformer(nn.Module):
@@ -200,32 +137,39 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, tokens: Array, valid: Array, probe_inputs: Any = None, replay: Replay | None = None):
     c = self.config
-    embedding = self.param("embedding", _matrix(("vocab", "embed"), 1, 0), (c.vocab_size, c.hidden_size))
+    embedding = self.param("embedding", matrix(("vocab", "embed"), 1, 0), (c.vocab_size, c.hidden_size))
     if not c.tie_word_embeddings:
-      self.param("lm_head", _matrix(("embed", "vocab"), 0, 1), (c.hidden_size, c.vocab_size))
+      self.param("lm_head", matrix(("embed", "vocab"), 0, 1), (c.hidden_size, c.vocab_size))
     x = embedding.astype(c.dtype)[tokens]
+    length = tokens.shape[1]
     cos, sin = rotary_angles(c, jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0))
     # A padded query looks at itself, so that its softmax has something to sum.
-    mask = jnp.tril(valid[:, None, :] & jnp.ones((1, tokens.shape[1], 1), bool)) | jnp.eye(tokens.shape[1], dtype=bool)
-    context = Context(cos, sin, mask, valid)
+    mask = jnp.tril(valid[:, None, :] & jnp.ones((1, length, 1), bool)) | jnp.eye(length, dtype=bool)
+    slots = jnp.arange(length)
+    distance = slots[:, None] - slots if c.sliding_layers else None
+    context = Context(cos, sin, mask, valid, distance)
 
     block = nn.remat(Block, prevent_cse=False) if c.remat else Block
-    seen, first = [], 0
-    for number, (is_moe, length) in enumerate(c.segments):
+    seen, layer, first = [], 0, 0
+    for number, (is_moe, depth) in enumerate(c.segments):
       inputs = LayerInputs()
       if is_moe:
-        part = slice(first, first + length)
+        part = slice(first, first + depth)
         inputs = jax.tree.map(lambda leaf, part=part: leaf[part], LayerInputs(None, probe_inputs, replay))
-        first += length
+        first += depth
+      if c.sliding_layers:
+        windows = [c.window(i) or length for i in range(layer, layer + depth)]
+        inputs = inputs._replace(window=jnp.array(windows, jnp.int32))
       layers = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
-        length=length,
+        length=depth,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
       x, (_, probed) = layers(c, is_moe, self.probe, self.layout, name=f"layers_{number}")(x, context, inputs)
+      layer += depth
       if is_moe:
         seen.append(probed)
     hidden = RMSNorm(c.rms_norm_eps, name="final_norm")(x)

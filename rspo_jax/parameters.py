@@ -12,7 +12,7 @@ import optax
 
 from rspo_jax.types import Params
 
-ROUTER = r"(^|/)router$"
+ROUTER = r"(^|/)router(_logit_bias|_lora_[ab])?$"
 
 
 def path_name(path) -> str:

@@ -33,6 +33,7 @@ FLOORS = {
   "countdown_problems": 3,
   "countdown_tfds": 3,
   "tokenizer": 3,
+  "hf_tokenizer": 3,
   "rewards": 3,
   "evaluation": 3,
   "checkpoint": 3,

@@ -8,18 +8,21 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from models.moe import block_rows, run_experts
-from models.moe_blocks import order_by_expert, run_blocks
+from models.moe_blocks import Experts, order_by_expert, run_blocks
 
 WIDTH, HIDDEN = 24, 20
 
 
-def layer(tokens, experts, k, index, *, dtype=jnp.float32, seed=0):
+def layer(tokens, experts, k, index, *, dtype=jnp.float32, biases=False, seed=0):
   """x, expert_index, gate, weights of a small layer; `index` (generator, shape) -> [N, K] draws the routing."""
   draw = np.random.default_rng(seed)
   shapes = (experts, WIDTH, HIDDEN), (experts, WIDTH, HIDDEN), (experts, HIDDEN, WIDTH)
   x = jnp.asarray(draw.normal(size=(tokens, WIDTH)), dtype)
   gate = jnp.asarray(draw.normal(size=(tokens, k)), jnp.promote_types(dtype, jnp.float32))
-  weights = tuple(jnp.asarray(draw.normal(size=shape) / shape[1] ** 0.5, dtype) for shape in shapes)
+  weights = Experts(*(jnp.asarray(draw.normal(size=shape) / shape[1] ** 0.5, dtype) for shape in shapes))
+  if biases:
+    drawn = (jnp.asarray(draw.normal(size=(experts, HIDDEN)), dtype) for _ in range(2))
+    weights = Experts(*weights[:3], *drawn)
   return x, jnp.asarray(index(draw, (tokens, k)), jnp.int32), gate, weights
 
 
@@ -43,13 +46,13 @@ ROUTINGS = {
 
 
 # Jitted once for all tests, which share shapes: compiling is what these tests cost.
-@partial(jax.jit, static_argnames="backend")
-def value_and_grads(x, expert_index, gate, weights, *, backend):
+@partial(jax.jit, static_argnames=("backend", "swiglu_limit"))
+def value_and_grads(x, expert_index, gate, weights, *, backend, swiglu_limit=None):
   """y and the gradients in x, gate and weights of a fixed random projection of y."""
   direction = jax.random.normal(jax.random.key(1), x.shape)
 
   def project(x, gate, weights):
-    y = run_experts(x, expert_index, gate, weights, backend=backend)
+    y = run_experts(x, expert_index, gate, weights, backend=backend, swiglu_limit=swiglu_limit)
     return jnp.sum(y.astype(jnp.float32) * direction), y
 
   grads, y = jax.grad(project, argnums=(0, 1, 2), has_aux=True)(x, gate, weights)
@@ -76,7 +79,7 @@ def test_every_backend_equals_dense_in_value_and_gradient(routing):
 def test_a_backend_is_the_formula_written_out(backend):
   x, expert_index, gate, weights = layer(9, 4, 2, some_outside(4))
   want = np.zeros(x.shape)
-  w_gate, w_up, w_down = (np.asarray(w, np.float64) for w in weights)
+  w_gate, w_up, w_down = (np.asarray(w, np.float64) for w in weights[:3])
   for n in range(9):
     for e, g in zip(np.asarray(expert_index[n]), np.asarray(gate[n], np.float64), strict=True):
       if 0 <= e < 4:
@@ -95,6 +98,32 @@ def test_bfloat16_stays_near_float32(backend):
   want = value_and_grads(exact[0], expert_index, *exact[1:], backend="dense")
   assert got[0].dtype == got[1].dtype == got[3][0].dtype == jnp.bfloat16
   assert_close(jax.tree.map(lambda a: a.astype(jnp.float32), got), want, 0.03)
+
+
+def test_every_backend_adds_biases_and_clamps_as_gpt_oss_does():
+  x, expert_index, gate, weights = layer(67, 4, 3, some_outside(4), biases=True)
+  w_gate, w_up, w_down, gate_bias, up_bias = (np.asarray(w, np.float64) for w in weights)
+  want = np.zeros((67, WIDTH))
+  for n, k in np.ndindex(expert_index.shape):
+    e = int(expert_index[n, k])
+    if 0 <= e < 4:
+      a = np.minimum(x[n] @ w_gate[e] + gate_bias[e], 0.5)
+      u = np.clip(x[n] @ w_up[e] + up_bias[e], -0.5, 0.5)
+      want[n] += gate[n, k] * ((u + 1) * a / (1 + np.exp(-1.702 * a)) @ w_down[e])
+  found = {
+    name: value_and_grads(x, expert_index, gate, weights, backend=name, swiglu_limit=0.5)
+    for name in ("dense", "ragged", "blocks")
+  }
+  for y, *grads in found.values():
+    assert_close(y, want.astype(np.float32), 1e-5)
+    assert_close(grads, list(found["dense"][1:]), 1e-5)
+
+
+def test_gradient_of_blocks_with_biases_and_a_limit_equals_finite_differences_in_float64():
+  with jax.enable_x64(True):
+    x, expert_index, gate, weights = layer(11, 4, 2, some_outside(4), dtype=jnp.float64, biases=True)
+    run = jax.jit(lambda x, gate, weights: run_blocks(x, expert_index, gate, weights, 4, 2.5))
+    check_grads(run, (x, gate, weights), order=1, modes=["rev"], atol=1e-6, rtol=1e-6, eps=1e-6)
 
 
 def test_float32_weights_used_in_bfloat16_keep_float32_gradients():
@@ -227,7 +256,8 @@ def test_blocks_work_in_shard_map_and_pmap():
 def test_experts_split_over_devices_add_up_to_all_of_them():
   x, expert_index, gate, weights = layer(67, 6, 3, distinct(6))
   whole = run_experts(x, expert_index, gate, weights)
-  halves = [run_experts(x, expert_index - 3 * i, gate, tuple(w[3 * i : 3 * i + 3] for w in weights)) for i in range(2)]
+  parts = [Experts(*(w[3 * i : 3 * i + 3] for w in weights[:3])) for i in range(2)]
+  halves = [run_experts(x, expert_index - 3 * i, gate, part) for i, part in enumerate(parts)]
   assert_close(halves[0] + halves[1], whole, 1e-6)
 
 
@@ -240,7 +270,7 @@ def test_mistakes_are_told_with_their_cure():
   with pytest.raises(ValueError, match=r"x is \(2, 4, 24\).*Flatten batch and time"):
     run_experts(x.reshape(2, 4, 24), expert_index, gate, weights)
   with pytest.raises(ValueError, match=r"weights are \(\(24, 20\)"):
-    run_experts(x, expert_index, gate, tuple(w[0] for w in weights))
+    run_experts(x, expert_index, gate, tuple(w[0] for w in weights[:3]))
   with pytest.raises(ValueError, match=r"expert_index is \(4, 2\).*N = 8"):
     run_experts(x, expert_index[:4], gate[:4], weights)
   with pytest.raises(ValueError, match=r"pairs over 2000 experts came at once.*Split the batch"):
