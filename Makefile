@@ -27,7 +27,7 @@ test: $(BIN)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 parity: $(BIN)/.parity
-	$(BIN)/python -m pytest -m parity
+	$(BIN)/python -m pytest -m parity -n 2
 
 lint: $(BIN)/.test
 	$(BIN)/ruff check .

@@ -230,10 +230,18 @@ class RuntimeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-  """A whole run."""
+  """A whole run.
+
+  Attributes:
+    pretrained: where the parameters come from: a Hugging Face folder, one of `experiments.convert`, or another run's
+      workdir; '' draws them at random. With `model.lora.rank` above 0 they stay as they are, and adapters are trained.
+    tokenizer: a folder with a `tokenizer.json`; '' is the character tokenizer of Countdown.
+  """
 
   seed: int
   model: TransformerConfig
+  pretrained: str = ""
+  tokenizer: str = ""
   data: DataConfig = DataConfig()
   reward: RewardConfig = RewardConfig()
   sampling: SamplingConfig = SamplingConfig()
@@ -317,6 +325,11 @@ def read_config(given: ml_collections.ConfigDict) -> ExperimentConfig:
     if value not in known:
       raise ValueError(f"{what} is {value!r}; want one of {', '.join(filter(None, known))}.")
   return config
+
+
+def read_model_config(given: Mapping[str, Any]) -> TransformerConfig:
+  """A model's configuration from JSON; ValueError names an unknown key or a wrong type."""
+  return _build(TransformerConfig, given, "model")
 
 
 def check_divides(config: ExperimentConfig, shards: int) -> None:

@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from experiments import report, runtime
 from experiments.config import ExperimentConfig, read_config
+from experiments.model_files import initial_state
 from experiments.progress import Progress
 from experiments.rl import build_rl
 from experiments.warm_start import build_warm_start
@@ -165,7 +166,7 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
 
     if phase != "rl":
       if run.state is None:
-        run.state = mesh.init_state(parts.policy, warm_start.optimizer, config.seed, parts.layout)
+        run.state = initial_state(parts, warm_start.optimizer)
       run.phase("warm_start", warm_start.step, done, config.warm_start.steps)
       # RL begins with a fresh optimizer.
       run.state = mesh.restart_optimizer(run.state, parts.policy, rl.optimizer, parts.layout)

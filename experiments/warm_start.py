@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.wiring import Parts, make_optimizer
+from experiments.wiring import Parts, make_optimizer, never_trained
 from rspo_jax import mesh
 from rspo_jax.data import Example, batches
 from rspo_jax.train_step import jit_step, make_supervised_step
@@ -34,7 +34,7 @@ def build_warm_start(parts: Parts) -> WarmStart:
       f"the longest demonstration of {train.name} has {longest} tokens with its end token, but "
       f"config.sampling.max_new_tokens is {parts.config.sampling.max_new_tokens}; raise it."
     )
-  optimizer, schedule = make_optimizer(config.optimizer, config.steps)
+  optimizer, schedule = make_optimizer(config.optimizer, config.steps, frozen=never_trained(parts.config.model))
   update = jit_step(
     make_supervised_step(parts.policy, optimizer, logits_chunk=parts.config.rl.logits_chunk),
     parts.layout,

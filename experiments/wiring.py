@@ -10,9 +10,12 @@ import numpy as np
 import optax
 
 from experiments.config import ExperimentConfig, OptimizerConfig, check_divides
+from models.config import TransformerConfig
+from models.lora import BASE
 from models.policy import build_policy
 from rspo_jax import countdown, mesh, objectives, parameters
 from rspo_jax.data import DATASETS, Example, Split
+from rspo_jax.hf_tokenizer import load_tokenizer
 from rspo_jax.mismatch import MismatchOptions
 from rspo_jax.rewards import REWARDS, Reward
 from rspo_jax.router_shift import ShiftOptions, linear_floor
@@ -55,7 +58,7 @@ class Parts(NamedTuple):
   def sampling_options(self, samples: int, **changed) -> SamplingOptions:
     s = self.config.sampling
     settings = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p} | changed
-    return SamplingOptions(s.max_new_tokens, samples, stop_ids=(self.tokenizer.eos_id,), **settings)
+    return SamplingOptions(s.max_new_tokens, samples, stop_ids=self.tokenizer.stop_ids, **settings)
 
   def generate(self, params: Params, options: SamplingOptions, key: Array, examples: Sequence[Example], first: int = 0):
     """(Rollout, texts, lengths [B] in tokens) of examples whose first one has number `first`."""
@@ -75,7 +78,7 @@ def build(config: ExperimentConfig) -> Parts:
   """
   layout = mesh.make_layout(config.runtime.mesh)
   check_divides(config, layout.batch_shards)
-  tokenizer = CharTokenizer(countdown.ALPHABET)
+  tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else CharTokenizer(countdown.ALPHABET)
   if tokenizer.vocab_size > config.model.vocab_size:
     raise ValueError(
       f"config.model.vocab_size is {config.model.vocab_size} but the tokenizer has {tokenizer.vocab_size} tokens; "
@@ -135,10 +138,15 @@ def rl_optimizer(config: ExperimentConfig) -> tuple[optax.GradientTransformation
 
 
 def frozen_parameters(config: ExperimentConfig) -> tuple[str, ...]:
-  """Patterns of what RL does not train. A bias on the experts' choice is moved by its own rule, never by a gradient."""
+  """Patterns of what RL does not train."""
   routers = (parameters.ROUTER,) if config.router.freeze else ()
-  bias = ("router_bias$",) if config.model.router_bias else ()
-  return (*config.rl.frozen, *routers, *bias)
+  return (*config.rl.frozen, *routers, *never_trained(config.model))
+
+
+def never_trained(model: TransformerConfig) -> tuple[str, ...]:
+  """Patterns of what no gradient moves: the base beside adapters, and the bias on the experts' choice, which has a rule
+  of its own."""
+  return (*((BASE,) if model.lora.rank else ()), *(("router_bias$",) if model.router_bias else ()))
 
 
 def recipe(config: ExperimentConfig) -> objectives.Recipe:

@@ -24,10 +24,12 @@ from models.pretrained import TensorFiles, read_json
 from models.weights import lora_batch_axes
 from rspo_jax.types import Array, Params
 
-__all__ = ["BASE", "add_lora", "load_adapter", "merge_lora", "save_adapter"]
+__all__ = ["BASE", "adapter_config", "add_lora", "load_adapter", "merge_lora", "save_adapter"]
 
 BASE = r"^(?!.*_lora_[ab]$)"  # a parameter pattern: everything but the adapters
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+# Entries of adapter_config.json that must be off.
+_UNKNOWN = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
 _PREFIX = "base_model.model."  # PEFT's wrapping of transformers' model
 
 
@@ -123,6 +125,24 @@ def load_adapter(folder: str | Path, config: TransformerConfig, params: Params) 
     "Set lora.targets to the modules that this adapter has.",
   )
   return traverse_util.unflatten_dict({**flat, **{path: jnp.asarray(array) for path, array in arrays.items()}})
+
+
+def adapter_config(folder: str | Path, config: TransformerConfig) -> LoraConfig:
+  """Rank, alpha and targets of an adapter in PEFT's layout, for this base model.
+
+  Raises:
+    ValueError: settings that change what is computed and are not known here, or modules that the model does not have.
+  """
+  path = Path(folder) / SETTINGS
+  settings = read_json(path)
+  strange = [key for key in _UNKNOWN if settings.get(key)]
+  refuse(f"{path} has settings that are not known here", strange, "Merge this adapter with PEFT instead.")
+  slots = hf.tensor_map(dataclasses.replace(config, lora=LoraConfig()))
+  modules = sorted({name.split(".lora_")[0].removeprefix(_PREFIX) for name in TensorFiles(folder)})
+  absent = [module for module in modules if f"{module}.weight" not in slots]
+  refuse(f"the adapter in {folder} is of another model; unknown modules", absent, "Name its own base model.")
+  paths = sorted({"/".join(slots[f"{module}.weight"][0].path) for module in modules})
+  return LoraConfig(settings["r"], float(settings["lora_alpha"]), tuple(f"^{path}$" for path in paths))
 
 
 def _shapes(config: TransformerConfig) -> dict[hf.Path, jax.ShapeDtypeStruct]:

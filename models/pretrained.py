@@ -205,7 +205,7 @@ def save_pretrained(
   settings = config_to_hf(config)
   if source is not None:
     settings = _carried_settings(read_json(Path(source) / "config.json"), settings)
-  name = dtype or _source_dtype(source) or str(np.dtype(jax.tree.leaves(params)[0].dtype))
+  name = dtype or (source and source_dtype(source)) or str(np.dtype(jax.tree.leaves(params)[0].dtype))
   settings["torch_dtype"] = name
   size = np.dtype(DTYPES[name]).itemsize
   slots = hf.tensor_map(config)
@@ -262,9 +262,8 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) ->
   return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def _source_dtype(source: str | Path | None) -> str | None:
-  if source is None:
-    return None
+def source_dtype(source: str | Path) -> str | None:
+  """The type that a folder's `config.json` gives for its weights, if it is one of `DTYPES`."""
   found = read_json(Path(source) / "config.json")
   name = str(found.get("dtype") or found.get("torch_dtype") or "").removeprefix("torch.")
   return name if name in DTYPES else None

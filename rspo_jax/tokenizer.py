@@ -1,7 +1,8 @@
 """F3: text to token ids and back.
 
-`Tokenizer` is all that the project asks of a tokenizer; `CharTokenizer` fills it in for synthetic tasks. There is no
-padding token and no begin token: padding is whatever lies outside `valid`, and masks are made from lengths.
+`Tokenizer` is all that the project asks of a tokenizer. `CharTokenizer` fills it in for synthetic tasks,
+`ByteTokenizer` for any text without a vocabulary file, `hf_tokenizer.load_tokenizer` for published checkpoints.
+Padding is whatever lies outside `valid`: masks are made from lengths, never from a padding token.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,23 +10,27 @@ from typing import Protocol
 
 import numpy as np
 
+UNKNOWN = "\ufffd"  # how an id without a token reads: a model may have a larger vocabulary, and draw from all of it
+
 
 class Tokenizer(Protocol):
   """Text to ids and back.
 
   Attributes:
     vocab_size: ids are in [0, vocab_size). A model may have a larger vocabulary.
-    eos_id: ends a completion.
+    eos_id: the end token, written after a demonstration.
+    stop_ids: each of these ends a completion; eos_id first.
   """
 
   vocab_size: int
   eos_id: int
+  stop_ids: tuple[int, ...]
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text, without an end token."""
+    """The ids of a text, without begin or end token."""
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids up to the first end token, or of all ids if there is none."""
+    """The text of ids up to the first stop token, or of all ids if there is none. Never fails: see `UNKNOWN`."""
 
 
 class CharTokenizer:
@@ -38,6 +43,7 @@ class CharTokenizer:
   """
 
   eos_id = 0
+  stop_ids = (0,)
 
   def __init__(self, alphabet: str):
     if not alphabet or len(set(alphabet)) != len(alphabet):
@@ -62,8 +68,29 @@ class CharTokenizer:
     for i in ids:
       if i == self.eos_id:
         break
-      text.append(self.alphabet[i - 1] if 0 < i < self.vocab_size else "\ufffd")
+      text.append(self.alphabet[i - 1] if 0 < i < self.vocab_size else UNKNOWN)
     return "".join(text)
+
+
+class ByteTokenizer:
+  """The bytes of UTF-8: byte b has id b + 1, after id 0, the end of the sequence."""
+
+  vocab_size = 257
+  eos_id = 0
+  stop_ids = (0,)
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of a text, without an end token. UnicodeEncodeError (a ValueError) for half of a surrogate pair."""
+    return [byte + 1 for byte in text.encode()]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text up to the first end token. What is not UTF-8, and ids outside the vocabulary, read as U+FFFD."""
+    text = bytearray()
+    for i in ids:
+      if i == self.eos_id:
+        break
+      text += bytes([i - 1]) if 0 < i < self.vocab_size else UNKNOWN.encode()
+    return text.decode(errors="replace")
 
 
 def pad_left(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from models.policy import build_policy
 from models.pretrained import load_pretrained
 from rspo_jax.types import Policy
 
-BATCH, LENGTH, PROMPT = 3, 17, 12
+BATCH, LENGTH = 3, 17
 
 
 def batch(config: TransformerConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -32,23 +32,20 @@ def relative_error(ours: Any, theirs: Any) -> float:
 
 
 def decoded(policy: Policy, params: Any, tokens: jax.Array, valid: jax.Array):
-  """logits [B, T, V] and expert choice [L, B, T, K] by a prefill of PROMPT tokens and then one token at a time."""
+  """logits [B, T, V] and expert choice [L, B, T, K], one token at a time; a prefill is the same function."""
 
   def probe(router, _):
     return router.expert_index
 
   weights = policy.for_decode(params, LENGTH)
   cache = policy.init_cache(len(tokens), LENGTH)
-  hidden, chosen, cache = policy.prefill(weights, tokens[:, :PROMPT], valid[:, :PROMPT], cache, probe=probe)
 
   def step(cache, inputs):
     hidden, chosen, cache = policy.decode(weights, *inputs, cache, probe=probe)
     return cache, (hidden, chosen)
 
-  _, (later, later_chosen) = jax.lax.scan(step, cache, (tokens[:, PROMPT:].T, valid[:, PROMPT:].T))
-  hidden = jnp.concatenate([hidden, later.swapaxes(0, 1)], axis=1)
-  chosen = jnp.concatenate([chosen, jnp.moveaxis(later_chosen, 0, 2)], axis=2)
-  return policy.unembed(params, hidden), chosen
+  _, (hidden, chosen) = jax.lax.scan(step, cache, (tokens.T, valid.T))
+  return policy.unembed(params, hidden.swapaxes(0, 1)), jnp.moveaxis(chosen, 0, 2)
 
 
 def everything(config: TransformerConfig, params: Any, tokens: np.ndarray, valid: np.ndarray, weight: np.ndarray):

@@ -21,7 +21,6 @@ _MLA = {
   "num_key_value_heads": 4,
   "intermediate_size": 40,
   "moe_intermediate_size": 24,
-  "num_hidden_layers": 3,
   "kv_lora_rank": 16,
   "q_lora_rank": None,
   "qk_nope_head_dim": 8,
@@ -44,7 +43,6 @@ _DEEPSEEK_YARN = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}
 BASES: dict[str, dict[str, Any]] = {
   "qwen3_moe": {
     **_COMMON,
-    "num_hidden_layers": 3,
     "intermediate_size": 40,
     "moe_intermediate_size": 24,
     "head_dim": 8,
@@ -81,7 +79,7 @@ BASES: dict[str, dict[str, Any]] = {
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
   "qwen3_moe": {
-    "plain": {},
+    "plain": {"num_hidden_layers": 3},
     "wide_heads_shared_by_four": {"head_dim": 20, "num_key_value_heads": 1},
     "own_key_value_heads_not_renormalised": {"num_key_value_heads": 4, "norm_topk_prob": False},
     "tied": {"tie_word_embeddings": True, "hidden_size": 48, "head_dim": 6},
@@ -147,10 +145,10 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "own_heads_short_rotary_period": {"num_key_value_heads": 4, "rope_theta": 50.0},
     "sliding_window": {"sliding_window": 5},
     "tied_three_of_six": {"tie_word_embeddings": True, "num_experts_per_tok": 3},
-    "one_expert_deep": {"num_experts_per_tok": 1, "num_hidden_layers": 4},
+    "deep": {"num_hidden_layers": 4, "rms_norm_eps": 1e-3},
   },
   "deepseek_v2": {
-    "plain": {},
+    "plain": {"num_hidden_layers": 3},
     "low_rank_queries": {"q_lora_rank": 20, "num_key_value_heads": 4},
     "group_limited": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     "scaled_two_shared_experts": {"routed_scaling_factor": 3.0, "n_shared_experts": 2},
@@ -163,7 +161,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
   },
   "deepseek_v3": {
-    "plain": {},
+    "plain": {"num_hidden_layers": 3},
     "low_rank_queries_two_shared_experts": {"q_lora_rank": 20, "n_shared_experts": 2},
     "one_group_not_renormalised": {"n_group": 1, "topk_group": 1, "norm_topk_prob": False},
     "yarn": {"rope_scaling": _DEEPSEEK_YARN, "routed_scaling_factor": 1.0},

@@ -1,4 +1,4 @@
-"""Round trips of the character tokenizer, and the left padding of prompts."""
+"""Round trips of the character and the byte tokenizer, and the left padding of prompts."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rspo_jax.countdown import ALPHABET
-from rspo_jax.tokenizer import CharTokenizer, pad_left
+from rspo_jax.tokenizer import ByteTokenizer, CharTokenizer, pad_left
 
 TOKENIZER = CharTokenizer(ALPHABET)
+BYTES = ByteTokenizer()
 
 
 @given(st.text(alphabet=ALPHABET), st.lists(st.integers(0, 40)))
@@ -19,8 +20,12 @@ def test_decode_undoes_encode_and_stops_at_the_first_end_token(text, after):
   assert TOKENIZER.decode(np.array([*ids, TOKENIZER.eos_id], np.int32)) == text
 
 
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, BYTES])
+def test_the_only_token_that_ends_a_completion_is_id_0(tokenizer):
+  assert (tokenizer.eos_id, tokenizer.stop_ids) == (0, (0,))
+
+
 def test_ids_are_the_end_token_and_one_per_character():
-  assert TOKENIZER.eos_id == 0
   assert TOKENIZER.vocab_size == len(ALPHABET) + 1
   assert sorted(TOKENIZER.encode(ALPHABET)) == list(range(1, TOKENIZER.vocab_size))
 
@@ -41,6 +46,38 @@ def test_a_character_outside_the_alphabet_is_named():
 def test_an_alphabet_without_characters_or_with_one_twice_is_refused(alphabet):
   with pytest.raises(ValueError, match="only once"):
     CharTokenizer(alphabet)
+
+
+@given(st.text(), st.lists(st.integers(0, 300)))
+def test_any_text_survives_its_bytes_up_to_the_first_end_token(text, after):
+  ids = BYTES.encode(text)
+  assert all(0 < i < BYTES.vocab_size for i in ids)
+  assert BYTES.decode(ids) == text
+  assert BYTES.decode([*ids, BYTES.eos_id, *after]) == text
+  assert BYTES.decode(np.array([*ids, BYTES.eos_id], np.int32)) == text
+
+
+def test_every_byte_has_its_value_plus_one_as_id():
+  assert BYTES.encode("\x00A\x7fé") == [1, 66, 128, 0xC3 + 1, 0xA9 + 1]
+  assert BYTES.vocab_size == 257
+
+
+@given(st.lists(st.integers(-3, 600)))
+def test_any_ids_decode_to_text_that_can_be_encoded_again(ids):
+  text = BYTES.decode(ids)
+  assert BYTES.decode(BYTES.encode(text)) == text
+
+
+def test_broken_bytes_and_ids_outside_the_vocabulary_read_as_replacement_characters():
+  a, z = BYTES.encode("az")
+  assert BYTES.decode([a, 257, -1, z]) == "a\ufffd\ufffdz"
+  assert BYTES.decode([a, 0xC3 + 1, z]) == "a\ufffdz"  # the first of two bytes
+  assert BYTES.decode([0xE2 + 1, 999, 0x82 + 1]) == "\ufffd\ufffd\ufffd"  # nothing joins across an unknown id
+
+
+def test_half_a_surrogate_pair_is_refused_as_a_value_error():
+  with pytest.raises(ValueError, match="surrogates not allowed"):
+    BYTES.encode("\ud83d")
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=7), max_size=5))

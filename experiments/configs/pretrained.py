@@ -1,0 +1,46 @@
+"""RSPO on a public checkpoint: model, weights and tokenizer come from its folder.
+
+What it shows: the loop of the paper (GMPO with router shift, four updates per rollout) on any of the families of
+docs/models.md, here on Countdown. What it costs is the model's: `python -m experiments.convert inspect FOLDER` says.
+`--config.model.lora.rank=16` trains adapters instead of all parameters.
+
+python -m experiments.train --config=experiments/configs/pretrained.py:FOLDER --workdir=runs/pretrained
+"""
+
+from experiments.config import (
+  CheckpointConfig,
+  DataConfig,
+  EvaluationConfig,
+  ExperimentConfig,
+  OptimizerConfig,
+  RewardConfig,
+  RLConfig,
+  SamplingConfig,
+  config_dict,
+)
+from experiments.model_files import kind_of, read_model
+
+
+def get_config(folder: str):
+  return config_dict(
+    ExperimentConfig(
+      seed=0,
+      model=read_model(folder, remat=True),
+      pretrained=folder,
+      tokenizer=folder if kind_of(folder) == "hf" else "",
+      data=DataConfig(
+        options={"numbers": 3, "high": 20, "target_high": 60, "operators": "+-", "train": 4096, "test": 256, "seed": 0}
+      ),
+      reward=RewardConfig(options={"format_reward": 0.1}),
+      sampling=SamplingConfig(max_new_tokens=32),
+      rl=RLConfig(
+        steps=200,
+        prompts=32,
+        samples_per_prompt=8,
+        minibatches=4,
+        optimizer=OptimizerConfig(learning_rate=1e-6, warmup_steps=20),
+      ),
+      evaluation=EvaluationConfig(batch_problems=64),
+      checkpoint=CheckpointConfig(every=50),
+    )
+  )

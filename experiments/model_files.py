@@ -1,0 +1,150 @@
+"""F4: where a model comes from: a Hugging Face folder, a folder that `experiments.convert` made, or a run's workdir."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+
+from experiments.config import read_config, read_model_config
+from experiments.wiring import INIT, Parts, make_optimizer, never_trained, rl_optimizer
+from models import lora, pretrained
+from models.config import TransformerConfig
+from models.families import refuse
+from models.policy import build_policy
+from rspo_jax import mesh
+from rspo_jax.checkpoint import Checkpoints
+from rspo_jax.types import Layout, Params, TrainState
+from rspo_jax.workdir import dump_json_atomic
+
+# Fields of a model's configuration that change how it runs or is trained, not what its weights are.
+FREE_FIELDS = ("dtype", "remat", "expert_backend", "lora")
+
+
+class Model(NamedTuple):
+  config: TransformerConfig
+  params: Params
+
+
+def kind_of(folder: str | Path) -> str:
+  """ "hf", "orbax" or "run"; ValueError for a folder that is none of them."""
+  folder = Path(folder)
+  settings = pretrained.read_json(folder / "config.json")
+  if "model_type" in settings:
+    return "hf"
+  if "model" in settings and (folder / "checkpoints").is_dir():
+    return "run" if "rl" in settings else "orbax"
+  raise ValueError(f"{folder / 'config.json'} is neither a model's nor a run's, or {folder} has no checkpoints yet.")
+
+
+def read_model(folder: str | Path, **ours: Any) -> TransformerConfig:
+  """The configuration alone. ours: fields of it to set."""
+  if kind_of(folder) == "hf":
+    return pretrained.read_config(folder, **ours)
+  config = read_model_config(pretrained.read_json(Path(folder) / "config.json")["model"])
+  return dataclasses.replace(config, **ours)
+
+
+def saved_dtype(folder: str | Path) -> str:
+  """The type its weights are kept in."""
+  kind, settings = kind_of(folder), pretrained.read_json(Path(folder) / "config.json")
+  if kind == "orbax":
+    return settings["dtype"]
+  return "float32" if kind == "run" else pretrained.source_dtype(folder) or "float32"
+
+
+def load_model(
+  folder: str | Path,
+  layout: Layout | None = None,
+  *,
+  dtype: str = "float32",
+  progress: Callable[[int], None] = lambda done: None,
+) -> Model:
+  """Configuration and parameters, placed on the mesh (None: the default device).
+
+  Args:
+    dtype: of the parameters, from a Hugging Face folder; elsewhere they are of the type they were saved in.
+    progress: told the bytes of every array in place (Hugging Face folders; of all at once elsewhere).
+  Raises:
+    ValueError: names the file at fault and the cure.
+  """
+  kind = kind_of(folder)
+  if kind == "hf":
+    return Model(*pretrained.load_pretrained(folder, layout, dtype=dtype, progress=progress))
+  layout = layout or mesh.make_layout({"data": 1}, jax.devices()[:1])
+  config = read_model(folder)
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    if kind == "run":
+      restored = checkpoints.restore(_states_of_run(folder, layout))
+      params = None if restored is None else restored.state.params
+    else:
+      restored = checkpoints.restore(_abstract_params(config, layout, saved_dtype(folder)))
+      params = None if restored is None else restored.state
+  if restored is None:
+    raise ValueError(f"{folder} holds no complete checkpoint.")
+  progress(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+  return Model(config, params)
+
+
+def initial_state(parts: Parts, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state that a run begins with: `config.pretrained`, with fresh adapters if asked for, or random parameters.
+
+  Raises:
+    ValueError: the pretrained model is not the configured one; names the fields that differ.
+  """
+  config, layout = parts.config, parts.layout
+  if not config.pretrained:
+    return mesh.init_state(parts.policy, optimizer, config.seed, layout)
+  found = read_model(config.pretrained)
+  differing = [
+    f"config.model.{field.name} is {getattr(config.model, field.name)!r}, there {getattr(found, field.name)!r}"
+    for field in dataclasses.fields(found)
+    if field.name not in FREE_FIELDS and getattr(config.model, field.name) != getattr(found, field.name)
+  ]
+  refuse(f"{config.pretrained} is another model than config.model", differing, "Use configs/pretrained.py with it.")
+  params = load_model(config.pretrained, layout).params
+  if config.model.lora.rank and not found.lora.rank:
+    params = lora.add_lora(config.model, params, parts.key(INIT))
+    params = jax.device_put(params, mesh.param_shardings(parts.policy, layout))
+  step = jax.device_put(np.zeros((), np.int32), layout.sharding())
+  return mesh.restart_optimizer(TrainState(params, None, step), parts.policy, optimizer, layout)
+
+
+def save_orbax(folder: str | Path, model: Model) -> None:
+  """Writes a model as an Orbax checkpoint that `load_model` reads."""
+  folder = Path(folder)
+  if folder.exists() and any(folder.iterdir()):
+    raise ValueError(f"{folder} is not empty; name a new folder.")
+  with Checkpoints(folder) as checkpoints:
+    checkpoints.save(0, model.params, {"phase": "converted"})
+    checkpoints.wait()
+  if jax.process_index() == 0:
+    dtype = str(jax.tree.leaves(model.params)[0].dtype)
+    dump_json_atomic(folder / "config.json", {"model": dataclasses.asdict(model.config), "dtype": dtype})
+
+
+def _abstract_params(config: TransformerConfig, layout: Layout, dtype: str) -> Params:
+  policy = build_policy(config)
+  shapes = jax.eval_shape(policy.init, jax.random.key(0))
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, pretrained.DTYPES[dtype], sharding=sharding),
+    shapes,
+    mesh.param_shardings(policy, layout),
+  )
+
+
+def _states_of_run(folder: str | Path, layout: Layout) -> Callable[[dict[str, Any]], Any]:
+  """What each phase of a run keeps, by the meta of its checkpoint."""
+  config = read_config(ml_collections.ConfigDict(pretrained.read_json(Path(folder) / "config.json")))
+  policy = build_policy(config.model, layout)
+  optimizers = {
+    "warm_start": make_optimizer(
+      config.warm_start.optimizer, config.warm_start.steps, frozen=never_trained(config.model)
+    ),
+    "rl": rl_optimizer(config),
+  }
+  return lambda meta: mesh.abstract_state(policy, optimizers[meta["phase"]][0], layout)
