@@ -5,6 +5,7 @@
     python -m experiments.convert to-orbax path/to/checkpoint path/to/orbax
     python -m experiments.convert to-hf runs/countdown_tiny path/to/checkpoint
     python -m experiments.convert upcycle path/to/dense path/to/moe --experts=8 --experts-per-token=2
+    python -m experiments.convert adapter runs/with_lora path/to/adapter
     python -m experiments.convert merge path/to/checkpoint path/to/merged --adapter=path/to/adapter
 
 A source is a Hugging Face folder, a folder that `to-orbax` made, or the workdir of a run; sources are never changed,
@@ -23,7 +24,7 @@ import numpy as np
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from experiments.model_files import Model, kind_of, load_model, read_model, save_orbax, saved_dtype
+from experiments.model_files import Model, kind_of, load_model, read_base, read_model, save_orbax, saved_dtype
 from experiments.progress import table
 from models import lora, pretrained
 from models.config import TransformerConfig
@@ -168,11 +169,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog="python -m experiments.convert", description=__doc__.split("\n")[0][4:])
   commands = parser.add_subparsers(dest="command", required=True)
 
-  def command(name: str, what: str, *, target: bool = True) -> argparse.ArgumentParser:
+  def command(name: str, what: str, *, target: bool = True, dtype: bool = True) -> argparse.ArgumentParser:
     made = commands.add_parser(name, help=what, description=what)
     made.add_argument("source", help="a Hugging Face folder, an Orbax folder of to-orbax, or a run's workdir")
     if target:
       made.add_argument("target", help="a new folder")
+    if target and dtype:
       made.add_argument(
         "--dtype", choices=tuple(pretrained.DTYPES), help="of the weights written; default: the source's"
       )
@@ -187,6 +189,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   made.add_argument("--experts-per-token", type=int, required=True)
   made.add_argument("--noise", type=float, default=0.0, help="on the copies, as a share of each matrix's deviation")
   made.add_argument("--seed", type=int, default=0)
+  command("adapter", "Writes the adapters of a run in PEFT's layout.", dtype=False)
   merge = command("merge", "Merges an adapter in PEFT's layout into its base model.")
   merge.add_argument("--adapter", required=True, help="folder with adapter_config.json")
   return parser.parse_args(argv)
@@ -201,6 +204,9 @@ def run(args: argparse.Namespace) -> None:
     convert(args.source, args.target, dtype=args.dtype, files=args.files)
   elif args.command == "upcycle":
     convert(args.source, args.target, dtype=args.dtype, change=_upcycled(args))
+  elif args.command == "adapter":
+    model = load_model(args.source)
+    lora.save_adapter(args.target, *model, base=read_base(args.source))
   else:
     convert(args.source, args.target, dtype=args.dtype, change=_with_adapter(args.adapter))
 

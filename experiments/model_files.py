@@ -49,6 +49,11 @@ def read_model(folder: str | Path, **ours: Any) -> TransformerConfig:
   return dataclasses.replace(config, **ours)
 
 
+def read_base(folder: str | Path) -> str:
+  """The folder that a run's parameters came from; '' if they were drawn at random, or it is no run."""
+  return pretrained.read_json(Path(folder) / "config.json").get("pretrained", "")
+
+
 def saved_dtype(folder: str | Path) -> str:
   """The type its weights are kept in."""
   kind, settings = kind_of(folder), pretrained.read_json(Path(folder) / "config.json")

@@ -213,9 +213,12 @@ def main(argv):
 def parse_flags(argv: list[str]) -> list[str]:
   """absl's parser, with ml_collections' bare exceptions turned into one line that names the flag."""
   try:
-    rest = app.parse_flags_with_usage(argv)
+    rest = flags.FLAGS(argv)
     _ = flags.FLAGS.config  # a file that cannot be loaded raises here
     return rest
+  except flags.Error as error:
+    # A config file that raises arrives as its whole traceback; the last line says what is wrong.
+    sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()} (--help lists the flags)")
   except (AttributeError, KeyError, TypeError, OSError) as error:
     given = [arg for arg in argv if arg.startswith(("--config", "-config"))]
     reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split()).strip("\"'")

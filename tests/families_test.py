@@ -13,7 +13,7 @@ import pytest
 from models import families, hf
 from models.config import TransformerConfig
 from models.policy import build_policy
-from models.pretrained import load_pretrained
+from models.pretrained import load_pretrained, save_pretrained
 from rspo_jax.types import Policy
 
 BATCH, LENGTH = 3, 17
@@ -66,15 +66,16 @@ def everything(config: TransformerConfig, params: Any, tokens: np.ndarray, valid
 
 
 class Witness:
-  """transformers' model, its weights saved by itself, and what it makes of a batch."""
+  """transformers' model as it loads what we save, its weights saved by itself, and what it makes of a batch."""
 
   def __init__(self, public: dict[str, Any], folder: Any):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    self.tensors = hf_cases.random_tensors(families.config_from_hf(public))
-    source = hf_cases.write_checkpoint(folder / "source", public, self.tensors)
+    config = families.config_from_hf(public)
+    self.tensors = hf_cases.random_tensors(config)
+    save_pretrained(folder / "ours", config, hf.params_from_hf(config, self.tensors), shard_bytes=40_000)
     self.model, report = transformers.AutoModelForCausalLM.from_pretrained(
-      source, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+      folder / "ours", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     self.model.eval().save_pretrained(folder / "saved")

@@ -21,7 +21,9 @@ from experiments.config import (
 from experiments.model_files import kind_of, read_model
 
 
-def get_config(folder: str):
+def get_config(folder: str = ""):
+  if not folder:
+    raise ValueError("name the checkpoint's folder: --config=experiments/configs/pretrained.py:FOLDER")
   return config_dict(
     ExperimentConfig(
       seed=0,
