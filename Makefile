@@ -18,6 +18,7 @@ $(BIN)/.test: $(BIN)/.installed
 
 $(BIN)/.parity: $(BIN)/.test
 	$(BIN)/python -m pip install -qq --editable '.[test,parity]'
+	$(BIN)/python -m pip install -qq --no-deps trl==1.16.0  # read for its real chat templates, never imported
 	@touch $@
 
 demo: $(BIN)/.installed

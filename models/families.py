@@ -320,7 +320,9 @@ def _read_gpt_oss(hf, fields, problems):
 
 
 def _write_gpt_oss(c):
-  return _write_heads(c) | _write_window(c) | {"attention_bias": c.qkv_bias, "swiglu_alpha": 1.702}
+  # transformers wants a window even where no layer slides.
+  window = _write_window(c) | {"sliding_window": c.sliding_window or 128}
+  return _write_heads(c) | window | {"attention_bias": c.qkv_bias, "swiglu_alpha": 1.702}
 
 
 _DEEPSEEK_KEYS = _SIZES | {

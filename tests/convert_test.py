@@ -18,9 +18,7 @@ from models.published import published_config
 def source(folder, family="qwen2", dtype="bfloat16"):
   """A checkpoint folder with a small file beside it."""
   config = hf_cases.small_config(family)
-  tensors = {
-    name: tensor.astype(pretrained.DTYPES[dtype]) for name, tensor in hf_cases.random_tensors(config).items()
-  }
+  tensors = {name: tensor.astype(pretrained.DTYPES[dtype]) for name, tensor in hf_cases.random_tensors(config).items()}
   made = hf_cases.write_checkpoint(folder, hf_cases.public_config(family, torch_dtype=dtype), tensors)
   (made / "tokenizer.json").write_text("{}")
   return made
