@@ -3,7 +3,7 @@
     python -m experiments.convert inspect Qwen3-30B-A3B
     python -m experiments.convert inspect path/to/checkpoint
     python -m experiments.convert to-orbax path/to/checkpoint path/to/orbax
-    python -m experiments.convert to-hf runs/countdown_tiny path/to/checkpoint
+    python -m experiments.convert to-hf runs/countdown_tiny path/to/new
     python -m experiments.convert upcycle path/to/dense path/to/moe --experts=8 --experts-per-token=2
     python -m experiments.convert adapter runs/with_lora path/to/adapter
     python -m experiments.convert merge path/to/checkpoint path/to/merged --adapter=path/to/adapter

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -87,7 +88,7 @@ def load_model(
       restored = checkpoints.restore(_states_of_run(folder, layout))
       params = None if restored is None else restored.state.params
     else:
-      restored = checkpoints.restore(_abstract_params(config, layout, saved_dtype(folder)))
+      restored = checkpoints.restore(_converted_params(config, layout))
       params = None if restored is None else restored.state
   if restored is None:
     raise ValueError(f"{folder} holds no complete checkpoint.")
@@ -111,7 +112,8 @@ def initial_state(parts: Parts, optimizer: optax.GradientTransformation) -> Trai
     if field.name not in FREE_FIELDS and getattr(config.model, field.name) != getattr(found, field.name)
   ]
   refuse(f"{config.pretrained} is another model than config.model", differing, "Use configs/pretrained.py with it.")
-  params = load_model(config.pretrained, layout).params
+  # Parameters are trained in float32, whatever they were kept in.
+  params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), load_model(config.pretrained, layout).params)
   if config.model.lora.rank and not found.lora.rank:
     params = lora.add_lora(config.model, params, parts.key(INIT))
     params = jax.device_put(params, mesh.param_shardings(parts.policy, layout))
@@ -125,21 +127,28 @@ def save_orbax(folder: str | Path, model: Model) -> None:
   if folder.exists() and any(folder.iterdir()):
     raise ValueError(f"{folder} is not empty; name a new folder.")
   with Checkpoints(folder) as checkpoints:
-    checkpoints.save(0, model.params, {"phase": "converted"})
+    dtypes = [str(leaf.dtype) for leaf in jax.tree.leaves(model.params)]
+    checkpoints.save(0, model.params, {"phase": "converted", "dtypes": dtypes})
     checkpoints.wait()
   if jax.process_index() == 0:
-    dtype = str(jax.tree.leaves(model.params)[0].dtype)
+    dtype = str(model.params["embedding"].dtype)
     dump_json_atomic(folder / "config.json", {"model": dataclasses.asdict(model.config), "dtype": dtype})
 
 
-def _abstract_params(config: TransformerConfig, layout: Layout, dtype: str) -> Params:
+def _converted_params(config: TransformerConfig, layout: Layout) -> Callable[[dict[str, Any]], Params]:
+  """What `save_orbax` kept, by the meta of its checkpoint."""
   policy = build_policy(config)
-  shapes = jax.eval_shape(policy.init, jax.random.key(0))
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, pretrained.DTYPES[dtype], sharding=sharding),
-    shapes,
-    mesh.param_shardings(policy, layout),
-  )
+  shapes, tree = jax.tree.flatten(jax.eval_shape(policy.init, jax.random.key(0)))
+  shardings = jax.tree.leaves(mesh.param_shardings(policy, layout))
+
+  def abstract(meta: dict[str, Any]) -> Params:
+    leaves = [
+      jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype), sharding=sharding)
+      for shape, dtype, sharding in zip(shapes, meta["dtypes"], shardings, strict=True)
+    ]
+    return jax.tree.unflatten(tree, leaves)
+
+  return abstract
 
 
 def _states_of_run(folder: str | Path, layout: Layout) -> Callable[[dict[str, Any]], Any]:
