@@ -15,7 +15,7 @@ from benchmarks import flops
 from benchmarks.sizes import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, ROW_TOKENS, ROWS, TINY
 from benchmarks.timing import clocked, matmul_work, peak_memory
 from benchmarks.workers import Case
-from models.families import config_from_hf
+from models.config_json import config_from_hf
 from models.policy import build_policy
 from rspo_jax import mesh, objectives
 from rspo_jax.mismatch import MismatchOptions

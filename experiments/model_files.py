@@ -15,7 +15,7 @@ from experiments.config import read_config, read_model_config
 from experiments.wiring import INIT, Parts, make_optimizer, never_trained, rl_optimizer
 from models import lora, pretrained
 from models.config import TransformerConfig
-from models.families import refuse
+from models.config_json import refuse
 from models.policy import build_policy
 from rspo_jax import mesh
 from rspo_jax.checkpoint import Checkpoints

@@ -54,7 +54,7 @@ class TransformerConfig:
   """A mixture-of-experts decoder of one of the public families. Sizes are counts.
 
   Names are transformers' (`Qwen3MoeConfig`, `DeepseekV3Config`, `GptOssConfig`), those marked "ours" apart.
-  `models.families` reads a `config.json` into one and says what each family fixes.
+  `models.config_json` reads a `config.json` into one; `models.families` says what each family fixes.
 
   Attributes:
     model_type: the family, a key of `models.families.FAMILIES`: which checkpoints it is read from and saved as.

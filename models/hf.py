@@ -15,7 +15,8 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from models.config import TransformerConfig
-from models.families import FAMILIES, Names, refuse
+from models.config_json import refuse
+from models.families import FAMILIES, Names
 from rspo_jax.types import Array, Params
 
 Path = tuple[str, ...]

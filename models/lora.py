@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from models import hf
 from models.config import LoraConfig, TransformerConfig
-from models.families import refuse
+from models.config_json import refuse
 from models.policy import build_policy, merge_lora
 from models.pretrained import TensorFiles, read_json
 from models.weights import lora_batch_axes

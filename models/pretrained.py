@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from models import hf
 from models.config import TransformerConfig
-from models.families import config_from_hf, config_to_hf
+from models.config_json import config_from_hf, config_to_hf
 from models.policy import build_policy
 from models.quantized import Dequantized
 from rspo_jax.types import Layout, Params
@@ -113,7 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: str | Path, **ours: Any) -> TransformerConfig:
-  """The configuration in a checkpoint's folder; see `models.families.config_from_hf`."""
+  """The configuration in a checkpoint's folder; see `models.config_json.config_from_hf`."""
   path = Path(folder) / "config.json"
   try:
     return config_from_hf(read_json(path), **ours)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.config import TransformerConfig
-from models.families import config_from_hf
+from models.config_json import config_from_hf
 
 # name -> the entries of config.json that the architecture depends on, and those a saved checkpoint should repeat.
 PUBLISHED: dict[str, Mapping[str, Any]] = {
@@ -166,7 +166,7 @@ PUBLISHED: dict[str, Mapping[str, Any]] = {
 
 
 def published_config(name: str, **ours: Any) -> TransformerConfig:
-  """The configuration of a public model, a key of `PUBLISHED`; `ours` as in `models.families.config_from_hf`."""
+  """The configuration of a public model, a key of `PUBLISHED`; `ours` as in `models.config_json.config_from_hf`."""
   if name not in PUBLISHED:
     raise ValueError(f"{name!r} is not one of the models whose shapes are known: {', '.join(PUBLISHED)}.")
   return config_from_hf(PUBLISHED[name], **ours)

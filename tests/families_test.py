@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import families, hf
+from models import config_json, families, hf
 from models.config import TransformerConfig
 from models.policy import build_policy
 from models.pretrained import load_pretrained, save_pretrained
@@ -71,7 +71,7 @@ class Witness:
   def __init__(self, public: dict[str, Any], folder: Any):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = families.config_from_hf(public)
+    config = config_json.config_from_hf(public)
     self.tensors = hf_cases.random_tensors(config)
     save_pretrained(folder / "ours", config, hf.params_from_hf(config, self.tensors), shard_bytes=40_000)
     self.model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -107,7 +107,7 @@ class Witness:
 @pytest.mark.parametrize(("family", "case"), hf_cases.EVERY)
 def test_logits_routing_gradients_and_decoding_equal_transformers(family, case, tmp_path):
   public = hf_cases.public_config(family, case)
-  config = families.config_from_hf(public)
+  config = config_json.config_from_hf(public)
   tokens, valid = batch(config)
   weight = np.random.default_rng(2).standard_normal((BATCH, LENGTH, config.vocab_size)).astype(np.float32)
   weight *= valid[..., None]
@@ -152,8 +152,8 @@ def test_logits_routing_gradients_and_decoding_equal_transformers(family, case, 
 @pytest.mark.parametrize(("family", "case"), hf_cases.EVERY)
 def test_a_configuration_survives_the_way_to_hugging_face_and_back(family, case):
   config = hf_cases.small_config(family, case)
-  written = families.config_to_hf(config)
-  assert families.config_from_hf(json.loads(json.dumps(written))) == config
+  written = config_json.config_to_hf(config)
+  assert config_json.config_from_hf(json.loads(json.dumps(written))) == config
 
 
 @pytest.mark.parametrize(("family", "case"), hf_cases.EVERY)

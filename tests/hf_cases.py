@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from models import families, hf
+from models import config_json, hf
 from models.config import TransformerConfig
 
 _COMMON = {
@@ -193,7 +193,7 @@ def public_config(family: str, case: str = "plain", **changes: Any) -> dict[str,
 
 
 def small_config(family: str = "qwen3_moe", case: str = "plain", **changes: Any) -> TransformerConfig:
-  return families.config_from_hf(public_config(family, case, **changes))
+  return config_json.config_from_hf(public_config(family, case, **changes))
 
 
 def random_tensors(config: TransformerConfig, seed: int = 0) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import pytest
 from hf_cases import BASES, random_tensors, small_config
 
 from models import hf
-from models.families import config_from_hf, config_to_hf
+from models.config_json import config_from_hf, config_to_hf
 
 BASE = {"model_type": "qwen3_moe", **BASES["qwen3_moe"]}
 
