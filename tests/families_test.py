@@ -14,6 +14,7 @@ from models import config_json, families, hf
 from models.config import TransformerConfig
 from models.policy import build_policy
 from models.pretrained import load_pretrained, save_pretrained
+from rspo_jax import mesh
 from rspo_jax.types import Policy
 
 BATCH, LENGTH = 3, 17
@@ -172,8 +173,6 @@ def test_weights_survive_the_round_trip_to_the_bit(family, case):
 
 @pytest.mark.parametrize("family", hf_cases.CASES)
 def test_every_parameter_has_logical_axes_of_the_mesh_table(family):
-  from rspo_jax import mesh
-
   policy = build_policy(hf_cases.small_config(family))
   shapes, axes = jax.eval_shape(policy.init, jax.random.key(0)), policy.logical_axes()
   assert jax.tree.structure(shapes) == jax.tree.structure(axes, is_leaf=lambda x: isinstance(x, tuple))
@@ -182,3 +181,33 @@ def test_every_parameter_has_logical_axes_of_the_mesh_table(family):
   ):
     assert len(shape.shape) == len(names)
     assert set(names) <= {None, *mesh.RULES}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_a_model_split_over_a_mesh_gives_the_same_hidden_states_and_gradients(family):
+  config = hf_cases.small_config(family, vocab_size=64, num_hidden_layers=2)
+  params = hf.params_from_hf(config, hf_cases.random_tensors(config))
+  tokens = jnp.asarray(np.random.default_rng(1).integers(0, 64, (8, 9)), jnp.int32)
+  valid = jnp.arange(9) >= jnp.arange(8)[:, None] // 2
+
+  def run(layout):
+    policy = build_policy(config, layout)
+
+    def loss(params):
+      hidden, router = policy.forward(params, tokens, valid)
+      return jnp.sum(jnp.where(valid[..., None], hidden, 0) ** 3), (hidden, router)
+
+    placed = params if layout is None else jax.device_put(params, mesh.param_shardings(policy, layout))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(placed)
+
+  (_, (hidden, router)), gradient = run(mesh.make_layout({"fsdp": 2, "expert": 2, "tensor": 2}))
+  (_, (want_hidden, want_router)), want_gradient = run(None)
+  seen = np.asarray(valid)
+  assert relative_error(np.asarray(hidden)[seen], np.asarray(want_hidden)[seen]) < 1e-5
+  assert relative_error(np.asarray(router)[:, seen], np.asarray(want_router)[:, seen]) < 1e-5
+  for path, leaf in jax.tree_util.tree_flatten_with_path(want_gradient)[0]:
+    found = gradient
+    for key in path:
+      found = found[key.key]
+    if np.any(leaf):
+      assert relative_error(found, leaf) < 1e-4, jax.tree_util.keystr(path)
