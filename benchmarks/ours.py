@@ -18,6 +18,7 @@ from benchmarks.workers import Case
 from models.config_json import config_from_hf
 from models.policy import build_policy
 from rspo_jax import mesh, objectives
+from rspo_jax.continuous import ContinuousSampler
 from rspo_jax.mismatch import MismatchOptions
 from rspo_jax.parameters import ROUTER
 from rspo_jax.probing import make_gradient_noise, make_replay_probe
@@ -79,6 +80,49 @@ def sampling(devices: int | None = None) -> Case:
     PROMPTS * NEW_TOKENS,
     {"flops": flops.sampling(CONFIG, PROMPTS, PROMPT_TOKENS, NEW_TOKENS)},
   )
+
+
+def rollout_speed(rounds: int = 5, devices: int | None = None) -> dict[str, Any]:
+  """Continuous batching against the batch-synchronous sampler where lengths have a long tail.
+
+  256 prompts of 32 tokens; lengths are log-normal, cut off at 8 times their median of 32. Both decode 64 rows at once:
+  the synchronous sampler four batches one after the other, the continuous one whatever is next. They take turns.
+
+  Returns:
+    {"ratio": [[cpu, wall], ...] of synchronous over continuous, "tokens": drawn by each, "seconds": [[synchronous,
+    continuous], ...], "same": share of completions that are equal}.
+  """
+  total, rows, median, longest = 4 * PROMPTS, PROMPTS, 32, 256
+  setup = _setup(devices, split="expert")
+  rng = np.random.default_rng(0)
+  limits = np.clip(np.exp(rng.normal(np.log(median), 1.0, total)), 1, longest).astype(np.int32)
+  tokens = rng.integers(0, CONFIG.vocab_size, (total, PROMPT_TOKENS)).astype(np.int32)
+  valid, key, options = np.ones(tokens.shape, bool), jax.random.key(1), SamplingOptions(max_new_tokens=longest)
+  run = jax.jit(functools.partial(sample, setup.policy, options=options))
+  engine = ContinuousSampler(
+    setup.policy, options, rows=rows, prompt_length=PROMPT_TOKENS, buckets=(PROMPT_TOKENS,), layout=setup.layout
+  )
+
+  def synchronous():
+    parts = []
+    for first in range(0, total, rows):
+      part = slice(first, first + rows)
+      placed = mesh.put_batch((tokens[part], valid[part], limits[part]), setup.layout)
+      parts.append(jax.device_get(run(setup.state.params, *placed[:2], key, first_row=first, limits=placed[2])))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+  def continuous():
+    return engine(setup.state.params, tokens, valid, key, limits=limits)
+
+  wanted, found = synchronous(), continuous()
+  same = np.all(wanted.tokens == found.tokens, axis=1).mean()
+  spent = [(clocked(synchronous)(), clocked(continuous)()) for _ in range(rounds)]
+  return {
+    "ratio": [(a.cpu / b.cpu, a.wall / b.wall) for a, b in spent],
+    "seconds": [(a.wall, b.wall) for a, b in spent],
+    "tokens": int(found.action_mask.sum()),
+    "same": float(same),
+  }
 
 
 def scoring(devices: int | None = None) -> Case:

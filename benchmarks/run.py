@@ -121,6 +121,17 @@ def strategies(effort: Effort) -> Iterator[Row]:
       yield Row(what, shown, wanted, note)
 
 
+def rollouts(effort: Effort) -> Iterator[Row]:
+  found = report("benchmarks.ours:rollout_speed", {"rounds": max(3, effort.repeats // 2)})
+  cpu, wall = (statistics.median(column) for column in zip(*found["ratio"], strict=True))
+  spread = [ratio for _, ratio in found["ratio"]]
+  ours = found["tokens"] / statistics.median(seconds for _, seconds in found["seconds"])
+  yield Row("rollouts with a long tail, continuous batching", f"{ours:.0f} tok/s", "", f"{found['tokens']} tokens")
+  what = f"{wall:.2f}x ({min(spread):.2f} to {max(spread):.2f}); CPU time {cpu:.2f}x"
+  note = f"{found['same']:.1%} of completions are equal"
+  yield Row("rollouts, continuous over batch-synchronous", what, "at least 2x", note)
+
+
 def compilation(effort: Effort) -> Iterator[Row]:
   del effort  # a compile is seconds of one thread: once is enough
   for case in ("sampling", "train_step"):
@@ -135,6 +146,7 @@ SECTIONS: dict[str, Callable[[Effort], Iterator[Row]]] = {
   "sampling": sampling,
   "train_step": train_step,
   "scoring": scoring,
+  "rollouts": rollouts,
   "peak": peak,
   "shift": shift,
   "strategies": strategies,

@@ -64,6 +64,7 @@ def build_policy(config: TransformerConfig, layout: Layout | None = None) -> Pol
     init_cache=functools.partial(_init_cache, config),
     prefill=functools.partial(_prefill, merged, layout),
     decode=functools.partial(_decode, merged, layout),
+    insert=_insert,
     router_log_prob=_ROUTER_LOG_PROB[config.scoring_func],
     num_moe_layers=config.num_moe_layers,
     num_experts=config.num_experts,
@@ -136,26 +137,47 @@ def _prefill(config, layout, params, tokens, valid, cache: KeyValueCache, *, pro
     table.at[jnp.maximum(cache.position[:, None] + offsets - 1, 0)].get(mode="clip") for table in params["rotary"]
   )
   remembered = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, cache.slot, axis=1)
-  slots, queries = jnp.arange(cache.valid.shape[1]), cache.slot + jnp.arange(length)
-  mask = remembered[:, None, :] & (slots <= queries[:, None]) | (slots == queries[:, None])
-  distance = queries[:, None] - slots if config.sliding_layers else None
+  size = cache.valid.shape[1]
+  slots, queries = jnp.arange(size), cache.slot + jnp.arange(length)
+  # One token sees all that is remembered: in a ring, what lies behind it is older too.
+  seen = remembered[:, None, :] & ((length == 1) | (slots <= queries[:, None]))
+  mask = seen | (slots == queries[:, None])
+  distance = (queries[:, None] - slots) % size if config.sliding_layers else None
   context = Context(cos, sin, mask, valid, distance, cache.slot)
 
   x = params["embedding"].astype(config.dtype)[tokens]
-  layers, seen = [], []
+  layers, probes = [], []
   for number, weights in enumerate(params["layers"]):
     block = Block(config, config.is_moe_layer(number), probe, layout)
     inputs = LayerInputs(cache.layers[number], window=config.window(number))
     x, (layer_cache, probed) = block.apply({"params": weights}, x, context, inputs)
     layers.append(layer_cache)
     if config.is_moe_layer(number):
-      seen.append(probed)
+      probes.append(probed)
   hidden = RMSNorm(config.rms_norm_eps).apply({"params": params["final_norm"]}, x)
-  cache = KeyValueCache(tuple(layers), remembered, cache.position + offsets[:, -1], cache.slot + length)
-  return hidden, jax.tree.map(lambda *layers: jnp.stack(layers), *seen), cache
+  cache = KeyValueCache(tuple(layers), remembered, cache.position + offsets[:, -1], (cache.slot + length) % size)
+  return hidden, jax.tree.map(lambda *layers: jnp.stack(layers), *probes), cache
 
 
 def _decode(config, layout, params, tokens, valid, cache: KeyValueCache, *, probe: Probe = router_logits_probe):
   """One token [B] a row: a prefill of length 1."""
   hidden, probed, cache = _prefill(config, layout, params, tokens[:, None], valid[:, None], cache, probe=probe)
   return hidden[:, 0], jax.tree.map(lambda leaf: leaf[:, :, 0], probed), cache
+
+
+def _insert(cache: KeyValueCache, rows: Array, prompts: KeyValueCache, sources: Array) -> KeyValueCache:
+  """See `Policy.insert`."""
+  size, length = cache.valid.shape[1], prompts.valid.shape[1]
+  slots = (cache.slot - length + jnp.arange(length)) % size
+
+  def put(old: Array, new: Array) -> Array:
+    # [n, heads, Tp, width] -> [n, Tp, heads, width], as two index arrays with a slice between want it.
+    return old.at[rows[:, None], :, slots].set(jnp.moveaxis(new[sources], 2, 1), mode="drop")
+
+  forgotten = cache.valid.at[rows].set(False, mode="drop")
+  return KeyValueCache(
+    layers=jax.tree.map(put, cache.layers, prompts.layers),
+    valid=forgotten.at[rows[:, None], slots].set(prompts.valid[sources], mode="drop"),
+    position=cache.position.at[rows].set(prompts.position[sources], mode="drop"),
+    slot=cache.slot,
+  )

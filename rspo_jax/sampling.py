@@ -1,13 +1,14 @@
 """F2: draws completions from a policy: one prefill a prompt, shared by its samples, then jitted decoding."""
 
 import dataclasses
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from rspo_jax.routing import index_dtype, record_experts
-from rspo_jax.types import Array, Params, Policy, Rollout
+from rspo_jax.types import Array, Params, Policy, Probe, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,46 @@ def truncated_log_prob(logits: Array, options: SamplingOptions) -> Array:
   return log_prob
 
 
+def keys_of(key: Array, number: Array) -> Array:
+  """The random keys [B] of completions whose numbers in the whole batch are [B] int32."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, number)
+
+
+def draw_tokens(
+  policy: Policy, options: SamplingOptions, weights: Params, hidden: Array, keys: Array, step: Array
+) -> tuple[Array, Array, Array]:
+  """Draws the next token of every row.
+
+  Args:
+    hidden: [B, D]. keys: [B], `keys_of` the rows. step: [B] int32 or [], tokens drawn before.
+  Returns:
+    token [B] int32; its log-probability [B] under what it was drawn from, and at temperature 1 without truncation.
+  """
+  logits = policy.unembed(weights, hidden)
+  drawn_from = truncated_log_prob(logits, options)
+  if options.temperature == 0:
+    token = jnp.argmax(drawn_from, axis=-1)
+  else:
+    token = jax.vmap(_draw_one)(keys, jnp.broadcast_to(step, keys.shape), drawn_from)
+  chosen = jnp.arange(logits.shape[-1]) == token[:, None]
+  raw = jnp.sum(jnp.where(chosen, jax.nn.log_softmax(logits, axis=-1), 0.0), axis=-1)
+  return token.astype(jnp.int32), jnp.sum(jnp.where(chosen, drawn_from, 0.0), axis=-1), raw
+
+
+def _draw_one(key: Array, step: Array, log_prob: Array) -> Array:
+  return jax.random.categorical(jax.random.fold_in(key, step), log_prob)
+
+
+def look_at_experts(options: SamplingOptions) -> Probe:
+  """The sampler's probe: the chosen experts if they are asked for, else nothing."""
+  return lambda router, probe_inputs: record_experts(router, probe_inputs) if options.record_experts else ()
+
+
+def experts_by_slot(experts: Any) -> Any:
+  """[L, P, Tp, K] by position of a prompt -> [P, Tp + 1, L, K] by slot; the last entry is of the first new token."""
+  return jax.tree.map(lambda x: jnp.pad(jnp.moveaxis(x, 0, 2), ((0, 0), (1, 0), (0, 0), (0, 0))), experts)
+
+
 def sample(
   policy: Policy,
   params: Params,
@@ -76,6 +117,7 @@ def sample(
   *,
   options: SamplingOptions,
   first_row: Array | int = 0,
+  limits: Array | None = None,
 ) -> Rollout:
   """Draws `samples_per_prompt` completions of every prompt. Pure; jit it with `policy` and `options` closed over.
 
@@ -86,6 +128,7 @@ def sample(
     tokens: [P, Tp] int32, left-padded prompts; valid: [P, Tp] bool, at least the last slot of every row.
     key: a random key.
     first_row: number of the first completion in the whole batch.
+    limits: [B] int32, most tokens of each completion, 1 to max_new_tokens; None is max_new_tokens for all.
   Returns:
     A `Rollout` of B = P * G rows (prompt-major) and T = Tp + max_new_tokens slots.
   """
@@ -95,31 +138,15 @@ def sample(
   prompts, prompt_length = tokens.shape
   rows = prompts * samples
   stop_ids = jnp.asarray(options.stop_ids, jnp.int32)
-  row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + jnp.arange(rows))
+  keys = keys_of(key, first_row + jnp.arange(rows))
 
   def repeat(leaf):
     return jnp.repeat(leaf, samples, axis=0) if leaf.ndim else leaf
 
-  def repeat_axis1(leaf):
-    return jnp.repeat(leaf, samples, axis=1)
-
   def draw(hidden, step):
-    logits = policy.unembed(weights, hidden)
-    drawn_from = truncated_log_prob(logits, options)
-    if options.temperature == 0:
-      token = jnp.argmax(drawn_from, axis=-1)
-    else:
-      token = jax.vmap(lambda key, log_prob: jax.random.categorical(jax.random.fold_in(key, step), log_prob))(
-        row_keys, drawn_from
-      )
-    chosen = jnp.arange(logits.shape[-1]) == token[:, None]
-    raw = jnp.sum(jnp.where(chosen, jax.nn.log_softmax(logits, axis=-1), 0.0), axis=-1)
-    return token.astype(jnp.int32), jnp.sum(jnp.where(chosen, drawn_from, 0.0), axis=-1), raw
+    return draw_tokens(policy, options, weights, hidden, keys, step)
 
-  def look(router, probe_inputs):
-    """The probe: the chosen experts if they are asked for, else nothing."""
-    return record_experts(router, probe_inputs) if options.record_experts else ()
-
+  look = look_at_experts(options)
   weights = policy.for_decode(params, prompt_length + new)
   cache = policy.init_cache(prompts, prompt_length + new)
   hidden, prompt_experts, cache = policy.prefill(weights, tokens, valid, cache, probe=look)
@@ -146,24 +173,24 @@ def sample(
     return step + 1, drawn[0], *advance(drawn[0], running, length), cache, written, experts
 
   def advance(token, running, length):
-    return running & ~jnp.isin(token, stop_ids), length + running
+    length = length + running
+    running = running & ~jnp.isin(token, stop_ids)
+    return running if limits is None else running & (length < limits), length
 
   drawn = draw(repeat(hidden[:, -1]), 0)
   everyone = jnp.ones(rows, bool)
   empty = (jnp.zeros((rows, new), jnp.int32), jnp.zeros((rows, new)), jnp.zeros((rows, new)))
   running, length = advance(drawn[0], everyone, jnp.zeros(rows, jnp.int32))
-  # [L, P, Tp, K] by position -> [B, Tp + 1, L, K] by slot: the prompt's last position routed the first new token.
-  by_slot = jax.tree.map(
-    lambda x: jnp.pad(jnp.moveaxis(repeat_axis1(x), 0, 2), ((0, 0), (1, 0), (0, 0), (0, 0))), prompt_experts
-  )
+  by_slot = jax.tree.map(repeat, experts_by_slot(prompt_experts))  # [B, Tp + 1, L, K]
   experts = jax.tree.map(
     lambda x: jnp.zeros((rows, new, *x.shape[2:]), index_dtype(policy.num_experts)).at[:, 0].set(x[:, -1]), by_slot
   )
   carry = (jnp.int32(1), drawn[0], running, length, cache, record(empty, drawn, 0, everyone), experts)
   carry = jax.lax.while_loop(lambda carry: (carry[0] < new) & jnp.any(carry[2]), body, carry)
-  _, _, running, length, _, (completions, drawn_log_prob, raw_log_prob), experts = carry
+  _, _, _, length, _, (completions, drawn_log_prob, raw_log_prob), experts = carry
 
   chosen = jnp.arange(new) < length[:, None]
+  ended = jnp.any(chosen & jnp.isin(completions, stop_ids), axis=1)
 
   def after_prompt(prompt, completion):
     return jnp.concatenate([repeat(prompt).astype(completion.dtype), completion], axis=1)
@@ -175,6 +202,6 @@ def sample(
     action_mask=after_prompt(nothing, chosen),
     sampler_log_prob=after_prompt(nothing, drawn_log_prob),
     log_prob=after_prompt(nothing, raw_log_prob),
-    finished=~running,
+    finished=ended,
     expert_index=jnp.concatenate([by_slot[:, :-1], experts], axis=1) if options.record_experts else None,
   )

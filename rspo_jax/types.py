@@ -70,7 +70,11 @@ class Policy(NamedTuple):
     init_cache: (batch, slots) -> an empty cache for that many rows and tokens.
     prefill: (decode params, tokens [B, T], valid [B, T], cache, *, probe) -> (hidden [B, T, D], probed, cache).
     decode: (decode params, tokens [B], valid [B], cache, *, probe) -> (hidden [B, D], probed, cache). A row whose
-      `valid` is False is computed but neither routed to experts nor remembered.
+      `valid` is False is computed but neither routed to experts nor remembered. The cache is a ring: after its last
+      slot the first is written again, so a row must begin no more than all slots ago.
+    insert: (cache, rows [n] int32, prompts, sources [n] int32) -> cache whose rows `rows` have forgotten what they held
+      and remember rows `sources` of the cache `prompts` instead, which was filled to its last slot: as if those tokens
+      had come just before the next one. A row beyond the batch is left out.
     router_log_prob: router logits [..., E] -> log-probabilities [..., E] float32 of the router, as router shift
       compares them (softmax over all experts for softmax routers, log-sigmoid for sigmoid routers).
     num_moe_layers, num_experts, experts_per_token, vocab_size: L, E, K, V.
@@ -86,6 +90,7 @@ class Policy(NamedTuple):
   init_cache: Callable[[int, int], Cache]
   prefill: Callable[..., tuple[Array, Any, Cache]]
   decode: Callable[..., tuple[Array, Any, Cache]]
+  insert: Callable[..., Cache]
   router_log_prob: Callable[[Array], Array]
   num_moe_layers: int
   num_experts: int

@@ -1,0 +1,102 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from models.policy import build_policy
+from rspo_jax import continuous, mesh
+from rspo_jax.continuous import ContinuousSampler
+from rspo_jax.sampling import SamplingOptions, sample
+
+PROMPTS, LENGTH, NEW, SAMPLES = 10, 8, 12, 2
+OPTIONS = SamplingOptions(NEW, SAMPLES, temperature=1.0, stop_ids=(0, 1, 2), record_experts=True)
+
+
+def prompts():
+  rng = np.random.default_rng(3)
+  valid = np.arange(LENGTH) >= LENGTH - rng.integers(1, LENGTH + 1, size=(PROMPTS, 1))
+  tokens = rng.integers(3, tiny.CONFIG.vocab_size, size=(PROMPTS, LENGTH)) * valid
+  return tokens.astype(np.int32), valid
+
+
+@functools.cache
+def synchronous(limited=False):
+  """What the batch-synchronous sampler draws."""
+  policy, params = tiny.policy_and_params()
+  given = limits() if limited else None
+  run = jax.jit(functools.partial(sample, policy, options=OPTIONS))
+  return jax.device_get(run(params, *map(jnp.asarray, prompts()), jax.random.key(7), first_row=5, limits=given))
+
+
+def limits():
+  return np.random.default_rng(4).integers(1, NEW + 1, PROMPTS * SAMPLES).astype(np.int32)
+
+
+def assert_same(found, wanted):
+  for name in ("tokens", "valid", "action_mask", "finished"):
+    np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=name)
+  for name in ("sampler_log_prob", "log_prob"):
+    np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), atol=1e-5, err_msg=name)
+  # The position before a prompt's first token is padding, and what routes it means nothing.
+  mask = wanted.valid & np.pad(wanted.valid, ((0, 0), (1, 0)))[:, :-1]
+  np.testing.assert_array_equal(found.expert_index[mask], wanted.expert_index[mask])
+
+
+@functools.cache
+def sampler(rows=6, refill=3, buckets=(4, LENGTH)):
+  policy, _ = tiny.policy_and_params()
+  return ContinuousSampler(policy, OPTIONS, rows=rows, prompt_length=LENGTH, refill=refill, buckets=buckets)
+
+
+def drawn(made, **arguments):
+  return made(tiny.policy_and_params()[1], *prompts(), jax.random.key(7), first_row=5, **arguments)
+
+
+def test_it_draws_what_the_synchronous_sampler_draws():
+  assert_same(drawn(sampler()), synchronous())
+
+
+def test_more_rows_than_completions_are_no_harm():
+  assert_same(drawn(sampler(rows=24, refill=24, buckets=(LENGTH,))), synchronous())
+
+
+def test_every_completion_keeps_to_its_own_limit():
+  found = drawn(sampler(), limits=limits())
+  assert_same(found, synchronous(limited=True))
+  lengths = found.action_mask.sum(axis=1)
+  assert np.all(lengths <= limits()) and np.any(lengths == limits())
+  np.testing.assert_array_equal(found.finished, np.isin(found.tokens[np.arange(20), LENGTH + lengths - 1], (0, 1, 2)))
+
+
+def test_rows_split_over_a_mesh_draw_the_same():
+  _, params = tiny.policy_and_params()
+  layout = mesh.make_layout({"data": 2, "expert": 2}, jax.devices()[:4])
+  sharded = build_policy(tiny.CONFIG, layout)
+  made = ContinuousSampler(sharded, OPTIONS, rows=8, prompt_length=LENGTH, refill=4, buckets=(LENGTH,), layout=layout)
+  placed = jax.device_put(params, mesh.param_shardings(sharded, layout))
+  assert_same(made(placed, *prompts(), jax.random.key(7), first_row=5), synchronous())
+
+
+def test_the_programs_are_listed_and_no_other_is_compiled():
+  made = sampler()
+  assert len(made.programs) == 4 and "6 rows of up to 20 tokens" in made.programs[-1]
+  layers, keys, width = 3, 2, 8
+  assert made.cache_bytes == 6 * (20 * (layers * 2 * keys * width * 4 + 1) + 4) + 4
+  drawn(made)
+  drawn(made, limits=limits())
+  assert [program._cache_size() for program in (made._read, made._fill, made._decode)] == [2, 2, 1]
+
+
+def test_sizes_that_cannot_be_are_refused_with_the_cure(monkeypatch):
+  policy, _ = tiny.policy_and_params()
+  make = functools.partial(ContinuousSampler, policy, OPTIONS, prompt_length=LENGTH)
+  with pytest.raises(ValueError, match="refill up to rows"):
+    make(rows=4, refill=5)
+  with pytest.raises(ValueError, match="the last one 8"):
+    make(rows=4, buckets=(4,))
+  monkeypatch.setattr(continuous.os, "sysconf", lambda name: 64)
+  with pytest.raises(ValueError, match=r"cache of 4 rows takes [\d,]+ bytes and 4,096 are left"):
+    make(rows=4)
