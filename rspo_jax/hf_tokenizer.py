@@ -3,47 +3,29 @@
 What `load_tokenizer` reads from a folder:
 
   tokenizer.json                        the vocabulary and the way a text is cut; the one file that must be there
-  tokenizer_config.json                 added tokens, names of special tokens, add_bos_token, chat_template
+  tokenizer_config.json                 added tokens, names of special tokens, add_bos_token
   special_tokens_map.json               names of special tokens, if the file above does not list added tokens
   generation_config.json, config.json   eos_token_id, one or several; config.json counts where the other has none
-  chat_template.jinja, additional_chat_templates/NAME.jinja, chat_template.json   chat templates of their own
+
+Chat templates are found and rendered by `rspo_jax.chat_template`.
 
 Where files disagree, the one counts that counts for transformers 5; but add_bos_token, which that ignores, counts here.
 """
 
 import dataclasses
 import datetime
-import functools
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2 import ext, nodes, sandbox
 
+from rspo_jax.chat_template import ChatTemplate, choose_template, read_json, read_templates, render_template
 from rspo_jax.tokenizer import UNKNOWN
 
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_REASONING = (
-  "reasoning_content",
-  "thinking",
-  "reasoning",
-)  # what a message's reasoning is called, the usual name first
-
-
-class ChatTemplate(NamedTuple):
-  """A template in Jinja.
-
-  Attributes:
-    place: the file it came from, for messages.
-  """
-
-  text: str
-  place: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,22 +90,16 @@ class HFTokenizer:
       ValueError: no such template, arguments that JSON cannot hold, or a template that is not Jinja or refuses the
         conversation; says which file and why.
     """
-    chosen = self._choose(template, tools)
-    given = {"tools": _plain(tools, "tools"), "documents": None, **self.special, **_plain(variables, "variables")}
-    given["messages"] = _plain_messages(messages)
-    given["strftime_now"] = lambda form: (now or datetime.datetime.now()).strftime(form)
-    try:
-      return _compile(chosen.text).render(given, add_generation_prompt=add_generation_prompt)
-    except jinja2.TemplateSyntaxError as error:
-      raise ValueError(
-        f"The chat template {chosen.place} is not valid Jinja, line {error.lineno}: {error.message}. Correct it there, "
-        "or pass another as template=."
-      ) from error
-    except Exception as error:  # a template is foreign code and fails as it likes
-      raise ValueError(
-        f"The chat template {chosen.place} refuses this conversation: {error} ({type(error).__name__}). Give the "
-        "messages it wants, or pass another as template=."
-      ) from error
+    chosen = choose_template(self.folder, self.templates, template, tools)
+    return render_template(
+      chosen,
+      messages,
+      add_generation_prompt=add_generation_prompt,
+      tools=tools,
+      now=now,
+      special=self.special,
+      variables=variables,
+    )
 
   def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
     """The ids of `render_chat(messages, **options)`. Special tokens that a message writes out count as such, too."""
@@ -131,18 +107,6 @@ class HFTokenizer:
 
   def _has_token(self, i: int) -> bool:
     return 0 <= i < self.vocab_size and self.backend.id_to_token(i) is not None
-
-  def _choose(self, template: str | None, tools: Any) -> ChatTemplate:
-    if template is None:
-      template = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
-    if template in self.templates:
-      return self.templates[template]
-    if "{{" in template or "{%" in template:
-      return ChatTemplate(template, "given as template=")
-    raise ValueError(
-      f"{self.folder} has no chat template {template!r}; it has {sorted(self.templates) or 'none'}. Pass one of these, "
-      "or Jinja text, as template=, or write chat_template.jinja there."
-    )
 
 
 def load_tokenizer(folder: str | os.PathLike) -> HFTokenizer:
@@ -154,7 +118,7 @@ def load_tokenizer(folder: str | os.PathLike) -> HFTokenizer:
   """
   folder = pathlib.Path(folder)
   backend = _read_backend(folder)
-  config = _read_json(folder / "tokenizer_config.json")
+  config = read_json(folder / "tokenizer_config.json")
   _add_tokens(folder, config, backend)
   special = _name_special_tokens(folder, config, backend)
   vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -163,7 +127,7 @@ def load_tokenizer(folder: str | os.PathLike) -> HFTokenizer:
   if not config.get("add_bos_token", bos_id in backend.encode("").ids[:1]):
     bos_id = None
   return HFTokenizer(
-    folder, backend, vocab_size, stop_ids[0], stop_ids, bos_id, special, _read_templates(folder, config)
+    folder, backend, vocab_size, stop_ids[0], stop_ids, bos_id, special, read_templates(folder, config)
   )
 
 
@@ -208,7 +172,7 @@ def _name_special_tokens(
 ) -> dict[str, str]:
   """{'eos_token': '<|im_end|>', ...}; those that tokenizer.json has as plain tokens become special in the backend."""
   if "added_tokens_decoder" not in config:
-    config = {**config, **_read_json(folder / "special_tokens_map.json")}
+    config = {**config, **read_json(folder / "special_tokens_map.json")}
   place = f"{folder}: tokenizer_config.json or special_tokens_map.json"
   named = {name: token for name, token in config.items() if name.endswith("_token") and isinstance(token, str | dict)}
   others = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
@@ -246,7 +210,7 @@ def _read_stop_ids(
         "special_tokens_map.json. Name one that it has."
       )
   for path in (folder / "generation_config.json", folder / "config.json"):
-    value = _read_json(path).get("eos_token_id")
+    value = read_json(path).get("eos_token_id")
     listed = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int and 0 <= i < vocab_size for i in listed):
       raise ValueError(
@@ -262,90 +226,3 @@ def _read_stop_ids(
       "tokenizer_config.json, or eos_token_id into generation_config.json."
     )
   return tuple(dict.fromkeys(ids))
-
-
-def _read_templates(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, ChatTemplate]:
-  """All templates of the first place that has any: .jinja files, tokenizer_config.json, chat_template.json."""
-  path = folder / "chat_template.jinja"
-  files = {"default": path} if path.is_file() else {}
-  files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-  if files:
-    return {name: ChatTemplate(path.read_text(encoding="utf-8"), str(path)) for name, path in files.items()}
-  path, value = folder / "tokenizer_config.json", config.get("chat_template")
-  if not value:
-    path = folder / "chat_template.json"
-    value = _read_json(path).get("chat_template") or []
-  try:
-    named = {"default": value} if isinstance(value, str) else {each["name"]: each["template"] for each in value}
-  except (KeyError, TypeError) as error:
-    raise ValueError(
-      f"{path} has a chat_template that is neither text nor a list of {{'name': ..., 'template': ...}}. Correct it, or "
-      "write chat_template.jinja beside it, which counts before it."
-    ) from error
-  return {name: ChatTemplate(text, f"{name!r} of {path}") for name, text in named.items()}
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file, {} if there is no such file."""
-  if not path.is_file():
-    return {}
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-      raise ValueError(f"it holds a {type(value).__name__}, not an object")
-  except ValueError as error:
-    raise ValueError(f"{path} cannot be read: {error}. Download it again.") from error
-  return value
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(text: str) -> jinja2.Template:
-  """A template in the dialect that chat templates are written in, in a sandbox: they come from strangers."""
-  environment = sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.LoopControlExtension]
-  )
-  environment.filters["tojson"] = _to_json
-  environment.globals["raise_exception"] = _raise_exception
-  return environment.from_string(text)
-
-
-class _Generation(ext.Extension):
-  """`{% generation %}` ... `{% endgeneration %}` marks what the model wrote; it renders as what it encloses."""
-
-  tags = {"generation"}  # noqa: RUF012 (jinja2 wants a set)
-
-  def parse(self, parser: Any) -> nodes.Node:
-    line = next(parser.stream).lineno
-    return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-  """Jinja's own filter would write `<` as an escape, for HTML."""
-  return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str):
-  raise jinja2.TemplateError(message)
-
-
-def _plain(value: Any, name: str) -> Any:
-  """A copy of JSON's own types: a template gets nothing it could change, and no methods beyond theirs."""
-  try:
-    return json.loads(json.dumps(value))
-  except (TypeError, ValueError) as error:
-    raise ValueError(
-      f"{name} of a chat must be what JSON can hold (dicts, lists, text, numbers, None): {error}."
-    ) from error
-
-
-def _plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Messages without keys that are None, and with reasoning under each name that templates look for."""
-  rows = _plain(messages, "messages")
-  if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-    raise ValueError(f"messages are {messages!r}; want a list of at least one {{'role': ..., 'content': ...}}.")
-  rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
-  for index, row in enumerate(rows):
-    reasoning = next((row[name] for name in _REASONING if name in row), None)
-    if reasoning is not None:
-      rows[index] = {"thinking": reasoning, **row, "reasoning_content": reasoning}
-  return rows

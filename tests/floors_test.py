@@ -35,6 +35,7 @@ FLOORS = {
   "countdown_tfds": 3,
   "tokenizer": 3,
   "hf_tokenizer": 3,
+  "chat_template": 3,
   "rewards": 3,
   "evaluation": 3,
   "continuous": 3,
