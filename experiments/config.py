@@ -66,9 +66,15 @@ class WarmStartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """See `rspo_jax.sampling.SamplingOptions`; the stop token is the tokenizer's."""
+  """See `rspo_jax.sampling.SamplingOptions`; the stop tokens are the tokenizer's.
+
+  Attributes:
+    rows: decoded at once by continuous batching (`rspo_jax.continuous`), which pays where lengths differ much; 0
+      decodes all completions of a call together.
+  """
 
   max_new_tokens: int = 16
+  rows: int = 0
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0

@@ -14,6 +14,7 @@ from models.config import TransformerConfig
 from models.lora import BASE
 from models.policy import build_policy
 from rspo_jax import countdown, mesh, objectives, parameters
+from rspo_jax.continuous import ContinuousSampler
 from rspo_jax.data import DATASETS, Example, Split
 from rspo_jax.hf_tokenizer import load_tokenizer
 from rspo_jax.mismatch import MismatchOptions
@@ -36,7 +37,7 @@ class Parts(NamedTuple):
 
   Attributes:
     prompt_length: Tp, the longest prompt of all splits, tokens.
-    sampler: SamplingOptions -> jitted (params, tokens, valid, key, first_row) -> Rollout; one program per options.
+    sampler: SamplingOptions -> (params, tokens [P, Tp], valid, key, first_row) -> Rollout, compiled once per options.
   """
 
   config: ExperimentConfig
@@ -62,9 +63,8 @@ class Parts(NamedTuple):
 
   def generate(self, params: Params, options: SamplingOptions, key: Array, examples: Sequence[Example], first: int = 0):
     """(Rollout, texts, lengths [B] in tokens) of examples whose first one has number `first`."""
-    tokens, valid = mesh.put_batch(self.encode_prompts(examples), self.layout)
     first_row = first * options.samples_per_prompt
-    rollout = self.sampler(options)(params, tokens, valid, key, first_row=first_row)
+    rollout = self.sampler(options)(params, *self.encode_prompts(examples), key, first_row=first_row)
     drawn, mask = mesh.fetch((rollout.tokens, rollout.action_mask))
     texts = [self.tokenizer.decode(row[chosen].tolist()) for row, chosen in zip(drawn, mask, strict=True)]
     return rollout, texts, mask.sum(axis=1)
@@ -91,7 +91,13 @@ def build(config: ExperimentConfig) -> Parts:
 
   @functools.cache
   def sampler(options: SamplingOptions):
-    return jax.jit(functools.partial(sample, policy, options=options))
+    if config.sampling.rows:
+      draw = ContinuousSampler(policy, options, rows=config.sampling.rows, prompt_length=prompt_length, layout=layout)
+      return lambda *inputs, first_row: mesh.put_batch(draw(*inputs, first_row=first_row), layout)
+    run = jax.jit(functools.partial(sample, policy, options=options))
+    return lambda params, tokens, valid, key, first_row: run(
+      params, *mesh.put_batch((tokens, valid), layout), key, first_row=first_row
+    )
 
   reward = functools.partial(REWARDS[config.reward.name], **config.reward.options)
   return Parts(config, layout, policy, tokenizer, splits, reward, prompt_length, sampler)

@@ -24,8 +24,9 @@ STRATEGIES = {
     "rl.dynamic_sampling_rounds": 3,
     "rl.overlong_buffer": 4,
   },
-  "cispo, sampler replay, TIS, KL in the loss, frozen router, probes": {
+  "cispo, continuous batching, sampler replay, TIS, KL in the loss, frozen router, probes": {
     "objective.name": "cispo",
+    "sampling.rows": 16,
     "objective.kl_coefficient": 0.1,
     "router.replay": "sampler",
     "router.deviation": "kl",
