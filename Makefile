@@ -25,7 +25,7 @@ demo: $(BIN)/.installed
 	$(BIN)/python -m experiments.train --config=experiments/configs/countdown_tiny.py --workdir=runs/countdown_tiny
 
 test: $(BIN)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 parity: $(BIN)/.parity
 	$(BIN)/python -m pytest -m parity -n 2

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from rspo_jax.continuous import ContinuousSampler
 from rspo_jax.sampling import SamplingOptions, sample
 
 PROMPTS, LENGTH, NEW, SAMPLES = 10, 8, 12, 2
+CONFIG = dataclasses.replace(tiny.CONFIG, num_hidden_layers=2, mlp_only_layers=())  # a layer less to compile
 OPTIONS = SamplingOptions(NEW, SAMPLES, temperature=1.0, stop_ids=(0, 1, 2), record_experts=True)
 
 
@@ -25,7 +27,7 @@ def prompts():
 @functools.cache
 def synchronous(limited=False):
   """What the batch-synchronous sampler draws."""
-  policy, params = tiny.policy_and_params()
+  policy, params = tiny.policy_and_params(CONFIG)
   given = limits() if limited else None
   run = jax.jit(functools.partial(sample, policy, options=OPTIONS))
   return jax.device_get(run(params, *map(jnp.asarray, prompts()), jax.random.key(7), first_row=5, limits=given))
@@ -47,12 +49,12 @@ def assert_same(found, wanted):
 
 @functools.cache
 def sampler(rows=6, refill=3, buckets=(4, LENGTH)):
-  policy, _ = tiny.policy_and_params()
+  policy, _ = tiny.policy_and_params(CONFIG)
   return ContinuousSampler(policy, OPTIONS, rows=rows, prompt_length=LENGTH, refill=refill, buckets=buckets)
 
 
 def drawn(made, **arguments):
-  return made(tiny.policy_and_params()[1], *prompts(), jax.random.key(7), first_row=5, **arguments)
+  return made(tiny.policy_and_params(CONFIG)[1], *prompts(), jax.random.key(7), first_row=5, **arguments)
 
 
 def test_it_draws_what_the_synchronous_sampler_draws():
@@ -72,9 +74,9 @@ def test_every_completion_keeps_to_its_own_limit():
 
 
 def test_rows_split_over_a_mesh_draw_the_same():
-  _, params = tiny.policy_and_params()
+  _, params = tiny.policy_and_params(CONFIG)
   layout = mesh.make_layout({"data": 2, "expert": 2}, jax.devices()[:4])
-  sharded = build_policy(tiny.CONFIG, layout)
+  sharded = build_policy(CONFIG, layout)
   made = ContinuousSampler(sharded, OPTIONS, rows=8, prompt_length=LENGTH, refill=4, buckets=(LENGTH,), layout=layout)
   placed = jax.device_put(params, mesh.param_shardings(sharded, layout))
   assert_same(made(placed, *prompts(), jax.random.key(7), first_row=5), synchronous())
@@ -83,7 +85,7 @@ def test_rows_split_over_a_mesh_draw_the_same():
 def test_the_programs_are_listed_and_no_other_is_compiled():
   made = sampler()
   assert len(made.programs) == 4 and "6 rows of up to 20 tokens" in made.programs[-1]
-  layers, keys, width = 3, 2, 8
+  layers, keys, width = 2, 2, 8
   assert made.cache_bytes == 6 * (20 * (layers * 2 * keys * width * 4 + 1) + 4) + 4
   drawn(made)
   drawn(made, limits=limits())
@@ -91,7 +93,7 @@ def test_the_programs_are_listed_and_no_other_is_compiled():
 
 
 def test_sizes_that_cannot_be_are_refused_with_the_cure(monkeypatch):
-  policy, _ = tiny.policy_and_params()
+  policy, _ = tiny.policy_and_params(CONFIG)
   make = functools.partial(ContinuousSampler, policy, OPTIONS, prompt_length=LENGTH)
   with pytest.raises(ValueError, match="refill up to rows"):
     make(rows=4, refill=5)

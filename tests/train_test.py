@@ -18,9 +18,6 @@ from rspo_jax import mesh
 from rspo_jax.checkpoint import Checkpoints, fingerprints
 from rspo_jax.metrics import METRICS, deterministic, read_metrics
 
-# One worker runs them all: they share one reference run.
-pytestmark = pytest.mark.xdist_group("train")
-
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "experiments/configs/countdown_tiny.py"
 SETTINGS = {
