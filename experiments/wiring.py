@@ -18,7 +18,7 @@ from rspo_jax.continuous import ContinuousSampler
 from rspo_jax.data import DATASETS, Example, Split
 from rspo_jax.hf_tokenizer import load_tokenizer
 from rspo_jax.mismatch import MismatchOptions
-from rspo_jax.rewards import REWARDS, Reward
+from rspo_jax.rewards import Reward, make_reward
 from rspo_jax.router_shift import ShiftOptions, linear_floor
 from rspo_jax.sampling import SamplingOptions, sample
 from rspo_jax.tokenizer import CharTokenizer, Tokenizer, pad_left
@@ -99,7 +99,7 @@ def build(config: ExperimentConfig) -> Parts:
       params, *mesh.put_batch((tokens, valid), layout), key, first_row=first_row
     )
 
-  reward = functools.partial(REWARDS[config.reward.name], **config.reward.options)
+  reward = make_reward(config.reward.name, **config.reward.options)
   return Parts(config, layout, policy, tokenizer, splits, reward, prompt_length, sampler)
 
 
