@@ -2,7 +2,7 @@
 
 Every worker runs one item at a time and is killed (SIGKILL) when that item is over its time; another takes its place.
 A worker runs this file as its program and the function's file, nothing else: neither the caller's main module nor a
-package's `__init__` (ours imports JAX) is loaded, and nothing is forked. Why no library does it: docs/rewards.md.
+package's `__init__` (ours imports JAX) is loaded, and nothing is forked.
 """
 
 import contextlib
