@@ -33,11 +33,24 @@ def _short(draw: random.Random) -> tuple[str, list[str]]:
   return gold, [answer.format(a + number, b) for number in range(SAMPLES)]
 
 
+def _simple(draw: random.Random) -> tuple[str, list[str]]:
+  a, b = draw.randrange(1, 1000), draw.randrange(2, 1000)
+  gold, answer = draw.choice(
+    (
+      (rf"{a}\sqrt{{{b}}}", r"\boxed{{{} \sqrt{{{}}}}}"),
+      (rf"\frac{{{a}\pi}}{{{b}}}", r"\boxed{{\frac{{{} \pi}}{{{}}}}}"),
+      (rf"{a}.{b:03d}^\circ", r"\boxed{{{}.{:03d}^{{\circ}}}}"),
+      (f"x={a}.{b}", r"\boxed{{x = {}.{}}}"),
+    )
+  )
+  return gold, [answer.format(a + number, b) for number in range(SAMPLES)]
+
+
 def _formula(draw: random.Random) -> tuple[str, list[str]]:
   a, b = draw.randrange(1, 1000), draw.randrange(1000, 2000)
   gold, answer = draw.choice(
     (
-      (rf"{a}\sqrt{{{b}}}", r"\boxed{{{} \sqrt{{{}}}}}"),
+      (f"{a}, {b}", r"\boxed{{{}, {}}}"),
       (f"({a}, {b})", r"\boxed{{\left({},{}\right)}}"),
       (f"[{a}, {b})", r"\boxed{{[{},{})}}"),
       (f"x^2 + {a}x - {b}", r"\boxed{{x^2+{}x-{}}}"),
@@ -77,7 +90,8 @@ def main() -> None:
   for kind, what in (
     (_whole, "whole numbers in a sentence"),
     (_short, "fractions, decimals, percents, thousands"),
-    (_formula, "surds, tuples, intervals, polynomials"),
+    (_simple, "roots, multiples of pi, degrees, x = a"),
+    (_formula, "lists, tuples, intervals, polynomials"),
   ):
     print(f"| {what} | {rate(kind, 1)} | {rate(kind, 2)} |", flush=True)
 

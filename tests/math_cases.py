@@ -241,7 +241,15 @@ def wrong(gold: Gold) -> dict[str, str]:
       "right, then another": f"First {plain}, but then it is {other}",
       "right, then ####": f"It is {plain}.\n#### {other}",
     }
-  for ways in (_other_numbers, _other_signs, _other_values, _other_ends, _other_elements, _other_words):
+  for ways in (
+    _other_numbers,
+    _other_signs,
+    _other_equations,
+    _other_values,
+    _other_ends,
+    _other_elements,
+    _other_words,
+  ):
     texts |= {name: _boxed(answer) for name, answer in ways(gold) if answer != bare}
   return texts
 
@@ -260,6 +268,12 @@ def _other_signs(gold: Gold) -> Iterator[tuple[str, str]]:
     if r"\infty" not in bare and not re.search(r"[_^]\{[^{}]*$", before):
       yield "sign inside", f"{before}{sign[1]}{'-' if sign[2] == '+' else '+'}{bare[sign.end() :]}"
       break
+
+
+def _other_equations(gold: Gold) -> Iterator[tuple[str, str]]:
+  for derivative in (r"\frac{d", r"x^{\prime}", r"y^{\prime}", r"\ddot", r"\dot"):
+    if derivative in gold.bare and "=" in gold.bare:
+      yield f"twice {derivative}", gold.bare.replace(derivative, rf"2 {derivative}", 1)
 
 
 def _other_values(gold: Gold) -> Iterator[tuple[str, str]]:

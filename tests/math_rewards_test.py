@@ -1,17 +1,20 @@
 """Math rewards: what is taken for the answer, what is right, and why not."""
 
+import pathlib
 import random
 import re
 import time
+import typing
 
 import pytest
+import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from math_verify import LatexExtractionConfig, parse, verify
+from math_verify import LatexExtractionConfig, parse, parser, verify
 
 from rspo_jax import math_answers
 from rspo_jax.data import Example
-from rspo_jax.math_rewards import FORMS, MathReward, MathVerdict, extract_answer, gold_answers
+from rspo_jax.math_rewards import FORMS, MathReward, MathVerdict, Why, extract_answer, gold_answers
 from rspo_jax.rewards import make_reward, score_completions
 from rspo_jax.worker_pool import Outcome
 from tests import math_cases
@@ -153,6 +156,7 @@ STRICTER = [  # (gold, answer): math-verify takes them for equal
   (r"7.4 \times 10^{-18}", r"7.5 \times 10^{-18}"),
   (r"x_{\text{max}}+\frac{1}{2}", r"x_{\text{max}}+\frac{1}{3}"),
   ("2", r"2 \text{ times } \sqrt{3}"),
+  (r"m\frac{dv}{dt}+bv=f", r"2m\frac{dv}{dt}+bv=f"),
   (r"\Gamma^2-1", r"\Gamma^2-2"),
 ]
 
@@ -192,15 +196,30 @@ NUMBERS = st.one_of(
   st.builds("{:05d}".format, WHOLE),
   st.builds("{}.{}".format, WHOLE, st.integers(0, 999_999)),
   st.builds(".{}".format, st.integers(0, 99)),
+  st.builds(r"{}\pi".format, WHOLE),
+  st.builds(r"{}\sqrt{{{}}}".format, WHOLE, st.integers(2, 99)),
   st.builds("{}/{}".format, WHOLE, st.integers(1, 12)),
   st.builds(r"\frac{{{}}}{{{}}}".format, st.integers(0, 40), st.integers(1, 12)),
   st.builds(r"-\dfrac{{{}}}{{{}}}".format, st.integers(0, 40), st.integers(1, 12)),
 )
 
 
+WRITTEN = [gold for pair in PREPARED + STRICTER for gold in pair]
+
+
+@pytest.mark.parametrize("answer", [*WRITTEN, r"\frac{1}{", "x+", r"\{1,2\}", "2 < x \\le 3", r"[1,2) \cup (3,\infty)"])
+def test_parsing_in_two_stages_finds_what_math_verify_finds(monkeypatch, answer):
+  prepared = math_answers.prepare(answer)
+  fast = plain(prepared)
+  monkeypatch.setattr(math_answers.PSParser, "math", math_answers._parse_exactly)
+  parser.parse_latex_cached.cache_clear()
+  parser.extract_latex.cache_clear()
+  assert [sympy.srepr(part) for part in plain(prepared)] == [sympy.srepr(part) for part in fast]
+
+
 @settings(max_examples=60, deadline=None)
 @given(NUMBERS, NUMBERS, st.integers(1, 5))
-def test_plain_numbers_are_judged_as_math_verify_judges_them(gold, other, times):
+def test_numbers_are_judged_as_math_verify_judges_them(gold, other, times):
   same = re.sub(r"(\d+)(\D+)(\d+)(?=\}?$)", lambda m: f"{times * int(m[1])}{m[2]}{times * int(m[3])}", gold)
   for answer in (gold, other, same if "/" in gold or "frac" in gold else gold + ".0" * ("." not in gold)):
     assert (math_answers.judge((gold, answer)) == "right") == verify(plain(gold), plain(answer))
@@ -289,6 +308,11 @@ def test_the_table_of_rewards_makes_it_with_its_settings():
 def test_impossible_settings_are_refused(setting, message):
   with pytest.raises(ValueError, match=message):
     MathReward(**setting)
+
+
+def test_the_document_lists_every_reason():
+  text = (pathlib.Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+  assert re.findall(r"^\| `([\w ]+)` \|", text, re.MULTILINE) == list(typing.get_args(Why))
 
 
 # The witness
