@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from experiments.config import read_config, read_model_config
+from experiments.config_io import read_config, read_model_config
 from experiments.wiring import INIT, Parts, make_optimizer, never_trained, rl_optimizer
 from models import lora, pretrained
 from models.config import TransformerConfig

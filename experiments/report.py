@@ -22,7 +22,8 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments import plots
-from experiments.config import ExperimentConfig, read_config
+from experiments.config import ExperimentConfig
+from experiments.config_io import read_config
 from experiments.progress import Progress
 from models.policy import build_policy
 from rspo_jax.data import Example

@@ -19,7 +19,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import report, runtime
-from experiments.config import ExperimentConfig, read_config
+from experiments.config import ExperimentConfig
+from experiments.config_io import read_config
 from experiments.model_files import initial_state
 from experiments.progress import Progress
 from experiments.rl import build_rl

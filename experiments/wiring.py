@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import optax
 
-from experiments.config import ExperimentConfig, OptimizerConfig, check_divides
+from experiments.config import ExperimentConfig, OptimizerConfig
+from experiments.config_io import check_divides
 from models.config import TransformerConfig
 from models.lora import BASE
 from models.policy import build_policy

@@ -29,7 +29,7 @@ from types import CodeType
 from typing import Any, NamedTuple
 
 from rspo_jax import code_guests
-from rspo_jax.data import Example
+from rspo_jax.data import Example, RewardResult
 from rspo_jax.sandbox import Sandbox, find_sandbox
 from rspo_jax.sandbox_process import Limits, Run, collect
 
@@ -222,14 +222,12 @@ class CodeReward:
     self._limits = Limits(**limits)
     self._sandbox = find_sandbox(allow_weak=allow_weak)
 
-  def __call__(self, text: str, example: Example):
-    """The `rewards.RewardResult` of one completion; errors as for `judge` above, ValueError for another gold."""
-    from rspo_jax.rewards import RewardResult  # late, because `rewards` imports this module for its table
-
+  def __call__(self, text: str, example: Example) -> RewardResult:
+    """The result of one completion; errors as for `judge` above, ValueError for another gold."""
     verdict = judge(text, _task(example), sandbox=self._sandbox, limits=self._limits)
     return RewardResult(float(verdict.success), verdict.success, verdict.why != "no code", verdict.why)
 
-  def judge(self, texts: Sequence[str], examples: Sequence[Example]) -> list:
+  def judge(self, texts: Sequence[str], examples: Sequence[Example]) -> list[RewardResult]:
     """The results of a batch, several at a time."""
     with ThreadPoolExecutor(self._workers) as pool:
       return list(pool.map(self, texts, examples))

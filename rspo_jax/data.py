@@ -35,6 +35,25 @@ class Example(NamedTuple):
   metadata: Mapping[str, Any] = {}
 
 
+class RewardResult(NamedTuple):
+  """What a completion is worth.
+
+  Attributes:
+    reward: what training maximises; finite.
+    success: the answer is right.
+    format: the answer has the form that was asked for, right or wrong.
+    why: the reason in a word or two, to be counted; '' where a reward gives none.
+  """
+
+  reward: float
+  success: bool
+  format: bool
+  why: str = ""
+
+
+Reward = Callable[[str, Example], RewardResult]
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
   """The examples of one split.

@@ -2,13 +2,10 @@
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from rspo_jax.data import Example
+from rspo_jax.data import Example, RewardResult
 from rspo_jax.worker_pool import Outcome, WorkerPool
-
-if TYPE_CHECKING:
-  from rspo_jax.rewards import RewardResult
 
 How = Literal["boxed", "####", "number", "none"]
 FORMS: tuple[How, ...] = ("boxed", "####", "number")  # in order of precedence
@@ -149,13 +146,11 @@ class MathReward:
   def close(self) -> None:
     self._pool.close()
 
-  def __call__(self, text: str, example: Example) -> "RewardResult":
+  def __call__(self, text: str, example: Example) -> RewardResult:
     return self.judge([text], [example])[0]
 
-  def judge(self, texts: Sequence[str], examples: Sequence[Example]) -> list["RewardResult"]:
+  def judge(self, texts: Sequence[str], examples: Sequence[Example]) -> list[RewardResult]:
     """texts[i] answers examples[i], whose gold is what `gold_answers` takes; ValueError for any other."""
-    from rspo_jax.rewards import RewardResult  # which imports this module for its table
-
     results = []
     for verdict in self.verdicts(texts, [example.gold for example in examples]):
       marked = verdict.how in ("boxed", "####") and verdict.why in ("right", "wrong")

@@ -13,27 +13,8 @@ import numpy as np
 
 from rspo_jax import countdown
 from rspo_jax.code_rewards import CodeReward
-from rspo_jax.data import Example
+from rspo_jax.data import Example, Reward, RewardResult
 from rspo_jax.math_rewards import MathReward
-
-
-class RewardResult(NamedTuple):
-  """What a completion is worth.
-
-  Attributes:
-    reward: what training maximises; finite.
-    success: the answer is right.
-    format: the answer has the form that was asked for, right or wrong.
-    why: the reason in a word or two, to be counted; '' where a reward gives none.
-  """
-
-  reward: float
-  success: bool
-  format: bool
-  why: str = ""
-
-
-Reward = Callable[[str, Example], RewardResult]
 
 
 class Scores(NamedTuple):

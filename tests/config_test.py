@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from experiments import runtime
-from experiments.config import check_divides, config_dict, read_config
+from experiments.config_io import check_divides, config_dict, read_config
 from experiments.configs import countdown_tiny
 from experiments.wiring import build, make_optimizer, recipe, update_options
 from rspo_jax import objectives

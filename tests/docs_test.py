@@ -12,7 +12,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from experiments.config import ExperimentConfig, read_config
+from experiments.config import ExperimentConfig
+from experiments.config_io import read_config
 from experiments.configs import countdown_tiny
 from experiments.wiring import OBJECTIVE_ARGUMENTS, update_options
 from rspo_jax.advantages import BASELINES, SCALES

@@ -8,7 +8,7 @@ import pytest
 from config_test import changed
 from train_test import SETTINGS
 
-from experiments.config import read_config
+from experiments.config_io import read_config
 from experiments.rl import _group_sampler, build_rl
 from experiments.wiring import build
 from rspo_jax import mesh

@@ -12,7 +12,7 @@ import ml_collections
 import pytest
 import tiny
 
-from experiments.config import read_config
+from experiments.config_io import read_config
 from experiments.wiring import build, rl_optimizer
 from rspo_jax import mesh
 from rspo_jax.checkpoint import Checkpoints, fingerprints

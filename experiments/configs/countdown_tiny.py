@@ -16,8 +16,8 @@ from experiments.config import (
   RLConfig,
   SamplingConfig,
   WarmStartConfig,
-  config_dict,
 )
+from experiments.config_io import config_dict
 from models.config import TransformerConfig
 
 

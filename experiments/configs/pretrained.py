@@ -16,8 +16,8 @@ from experiments.config import (
   RewardConfig,
   RLConfig,
   SamplingConfig,
-  config_dict,
 )
+from experiments.config_io import config_dict
 from experiments.model_files import kind_of, read_model
 
 
