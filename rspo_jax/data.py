@@ -26,6 +26,7 @@ class Example(NamedTuple):
     demonstration: a right completion without the end token; '' where the data set has none.
     wrong_demonstration: a well-formed wrong one, for warm starts that are noisy on purpose; '' likewise.
     metadata: what else a reward or a report may want, as Countdown's {'operators': '+-*/'}.
+    source: which data set or benchmark of a mixture it comes from; '' where there is one.
   """
 
   prompt: str
@@ -33,6 +34,7 @@ class Example(NamedTuple):
   demonstration: str = ""
   wrong_demonstration: str = ""
   metadata: Mapping[str, Any] = {}
+  source: str = ""
 
 
 class RewardResult(NamedTuple):
@@ -43,12 +45,14 @@ class RewardResult(NamedTuple):
     success: the answer is right.
     format: the answer has the form that was asked for, right or wrong.
     why: the reason in a word or two, to be counted; '' where a reward gives none.
+    answer: what was judged, cut out of the text, so that equal answers can be counted (maj@k); '' for none.
   """
 
   reward: float
   success: bool
   format: bool
   why: str = ""
+  answer: str = ""
 
 
 Reward = Callable[[str, Example], RewardResult]

@@ -80,11 +80,13 @@ class MathVerdict(NamedTuple):
     why: 'right'; 'wrong'; 'no answer' in the text; 'unparsed', math-verify cannot read the answer or the gold one and
       they are not the same text; 'timeout'; 'failed', math-verify raised or ended its worker.
     how: where the answer stood.
+    answer: as it stood there; '' for none.
   """
 
   success: bool
   why: Why
   how: How
+  answer: str = ""
 
 
 def gold_answers(gold: Any) -> tuple[str, ...]:
@@ -155,7 +157,7 @@ class MathReward:
     for verdict in self.verdicts(texts, [example.gold for example in examples]):
       marked = verdict.how in ("boxed", "####") and verdict.why in ("right", "wrong")
       reward = 1.0 if verdict.success else self._format_reward if marked else 0.0
-      results.append(RewardResult(reward, verdict.success, marked, verdict.why))
+      results.append(RewardResult(reward, verdict.success, marked, verdict.why, verdict.answer))
     return results
 
   def verdicts(self, texts: Sequence[str], golds: Sequence[Any]) -> list[MathVerdict]:
@@ -173,7 +175,7 @@ class MathReward:
     for (answer, how), alternatives in zip(found, wanted, strict=True):
       reasons = [why[gold, answer] for gold in alternatives] if answer is not None else ["no answer"]
       reason = min(reasons, key=_PRECEDENCE.index)
-      verdicts.append(MathVerdict(reason == "right", reason, how))
+      verdicts.append(MathVerdict(reason == "right", reason, how, answer or ""))
     return verdicts
 
 

@@ -18,12 +18,13 @@ from rspo_jax.math_rewards import MathReward
 
 
 class Scores(NamedTuple):
-  """Rewards of B completions: reward [B] float32, success [B] bool, format [B] bool, why: B reasons or none."""
+  """Of B completions: reward [B] float32, success [B] bool, format [B] bool; why and answer: B texts each, or none."""
 
   reward: np.ndarray
   success: np.ndarray
   format: np.ndarray
   why: tuple[str, ...] = ()
+  answer: tuple[str, ...] = ()
 
 
 def countdown_reward(text: str, example: Example, *, format_reward: float = 0.1) -> RewardResult:
@@ -40,7 +41,7 @@ def countdown_reward(text: str, example: Example, *, format_reward: float = 0.1)
     raise ValueError(f"format_reward is {format_reward}; want a value in [0, 1), less than a right answer earns.")
   verdict = countdown.check(text, example.gold, example.metadata["operators"])
   reward = 1.0 if verdict.right else format_reward if verdict.valid else 0.0
-  return RewardResult(reward, verdict.right, verdict.valid)
+  return RewardResult(reward, verdict.right, verdict.valid, verdict.why, text.strip())
 
 
 def score_completions(reward: Reward, texts: Sequence[str], examples: Sequence[Example]) -> Scores:
@@ -78,6 +79,7 @@ def score_completions(reward: Reward, texts: Sequence[str], examples: Sequence[E
     np.array([result.success for result in results], bool),
     np.array([result.format for result in results], bool),
     tuple(result.why for result in results),
+    tuple(result.answer for result in results),
   )
 
 
