@@ -39,12 +39,14 @@ class Size(NamedTuple):
 
 
 SIZES = {
+  **{f"decode: {n} tokens, 512 wide, 32 experts of 256, top 8": Size(n, 512, 256, 32, 8, 4, False) for n in (1, 4, 16)},
   "decode: 64 tokens, 256 wide, 16 experts of 128, top 4": Size(64, 256, 128, 16, 4, 4, False),
   "train: 6144 tokens, same layer, with gradients": Size(6144, 256, 128, 16, 4, 1, True),
   "wide: 1536 tokens, 512 wide, 32 experts of 256, top 8": Size(1536, 512, 256, 32, 8, 1, False),
   "wide, with gradients": Size(1536, 512, 256, 32, 8, 1, True),
 }
 RAGGED_TOKENS_ON_CPU = 256  # XLA runs ragged_dot as a masked dense product there: minutes and GiBs beyond this
+GATHERED_TOKENS = 64  # it copies K experts a token
 
 
 def make_arrays(size, seed=0):
@@ -82,9 +84,11 @@ def split_experts(x, expert_index, gate, weights):
 def ways(size):
   """Name -> function of `make_arrays`' arrays."""
   platform = jax.default_backend()
-  backends = ["dense", "ragged", "blocks"]
+  backends = ["dense", "ragged", "blocks", "gathered"]
   if platform == "cpu" and size.tokens > RAGGED_TOKENS_ON_CPU:
     backends.remove("ragged")
+  if size.tokens > GATHERED_TOKENS:
+    backends.remove("gathered")
   found = {name: partial(stack, run=partial(run_experts, backend=name)) for name in backends}
   if size.gradients:
     return {name: jax.value_and_grad(partial(project, run=run), argnums=(0, 2, 3)) for name, run in found.items()}

@@ -30,9 +30,10 @@ class Context(NamedTuple):
 
 def init_layer_cache(config: TransformerConfig, batch: int, slots: int) -> LayerCache:
   """One layer's empty cache: keys and values, or with latent attention the latent and the rotary key side by side."""
+  dtype = config.cache_dtype or config.dtype
   if config.kv_lora_rank:
-    return (jnp.zeros((batch, 1, slots, config.kv_lora_rank + config.qk_rope_head_dim), config.dtype),)
-  empty = jnp.zeros((batch, config.num_key_value_heads, slots, config.head_dim), config.dtype)
+    return (jnp.zeros((batch, 1, slots, config.kv_lora_rank + config.qk_rope_head_dim), dtype),)
+  empty = jnp.zeros((batch, config.num_key_value_heads, slots, config.head_dim), dtype)
   return (empty, empty)
 
 

@@ -85,6 +85,7 @@ class TransformerConfig:
     swiglu_limit: bound on what enters the experts' SwiGLU, gpt-oss's; None is the plain SwiGLU.
 
     dtype: of activations and matrix products ("float32" or "bfloat16"); parameters and the router stay float32.
+    cache_dtype: of the keys and values that decoding remembers; "" is dtype (ours).
     lora: trainable low-rank updates; the matrices themselves are frozen by whoever trains (ours).
     remat: recompute each layer in the backward pass instead of keeping its activations (ours).
     expert_backend: way of running the experts, see `models.moe.run_experts` (ours).
@@ -137,12 +138,14 @@ class TransformerConfig:
   tie_word_embeddings: bool = False
   lora: LoraConfig = LoraConfig()
   dtype: str = "float32"
+  cache_dtype: str = ""
   remat: bool = False
   expert_backend: str = "auto"
 
   def __post_init__(self):
     for name, allowed in (
       ("dtype", ("float32", "bfloat16")),
+      ("cache_dtype", ("", "float32", "bfloat16")),
       ("qk_norm", ("none", "head", "projection")),
       ("scoring_func", ("softmax", "sigmoid")),
       ("group_score", ("max", "top2")),

@@ -12,6 +12,12 @@ from models.moe_blocks import Experts, order_by_expert, run_blocks, swiglu
 # three quarters of the time of 8 where hardly any expert gets two. `python -m benchmarks.moe` measures again.
 BLOCK_ROWS = ((2, 1), (48, 8), (256, 64))
 BLOCK_ROWS_LARGE = 128
+# Fewer pairs per expert than this, and "auto" gathers the experts of every pair outside of CPUs. From bytes, not from a
+# measurement: a gathered expert is read, written and read again, a grouped product may read each of the E experts once
+# (`ragged_dot` on NVIDIA GPUs is reported to). Measure with `python -m benchmarks.moe`.
+GATHERED_PAIRS = 1 / 3
+
+BACKENDS = ("auto", "dense", "ragged", "blocks", "gathered")
 
 
 def run_experts(x, expert_index, gate, weights, *, swiglu_limit=None, backend="auto"):
@@ -23,13 +29,15 @@ def run_experts(x, expert_index, gate, weights, *, swiglu_limit=None, backend="a
   Args:
     x: [N, D] float32 or bfloat16.
     expert_index: [N, K] int32. An entry outside [0, E) names no expert here: it adds exactly zero and costs no
-      work (padding, finished rows, experts of another device).
+      work (padding, finished rows, experts of another device), except with "gathered", which reads some expert for it.
     gate: [N, K] float32.
     weights: `Experts`, or its (w_gate [E, D, F], w_up [E, D, F], w_down [E, F, D]), used in x's dtype; its biases, if
       it has them, are added to what enters the SwiGLU.
     swiglu_limit: see `swiglu`.
     backend: "dense" runs every expert on every token, "ragged" is `jax.lax.ragged_dot` over sorted tokens,
-      "blocks" loops over blocks of one expert's tokens; "auto" is blocks on CPU and ragged elsewhere.
+      "blocks" loops over blocks of one expert's tokens, "gathered" gives every pair a copy of its expert. "auto": on
+      CPU blocks, of one row each for few pairs, so that only the experts in use are read; elsewhere gathered for few
+      pairs (`GATHERED_PAIRS`), else ragged.
   Returns:
     [N, D] in x.dtype.
   Raises:
@@ -38,12 +46,20 @@ def run_experts(x, expert_index, gate, weights, *, swiglu_limit=None, backend="a
   weights = Experts(*weights)
   _check(x, expert_index, gate, weights, backend)
   if backend == "auto":
-    backend = "blocks" if jax.default_backend() == "cpu" else "ragged"
+    backend = choose_backend(jax.default_backend(), expert_index.size, weights.gate.shape[0])
   if backend == "blocks":
     rows = block_rows(expert_index.size, weights.gate.shape[0])
     return run_blocks(x, expert_index, gate, weights, rows, swiglu_limit)
   weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
-  return (_dense if backend == "dense" else _ragged)(x, expert_index, gate, weights, swiglu_limit)
+  run = {"dense": _dense, "ragged": _ragged, "gathered": _gathered}[backend]
+  return run(x, expert_index, gate, weights, swiglu_limit)
+
+
+def choose_backend(platform, pairs, num_experts):
+  """What "auto" means for this many token-expert pairs on a platform of JAX."""
+  if platform == "cpu":
+    return "blocks"
+  return "gathered" if pairs < GATHERED_PAIRS * num_experts else "ragged"
 
 
 def block_rows(pairs, num_experts):
@@ -52,8 +68,8 @@ def block_rows(pairs, num_experts):
 
 
 def _check(x, expert_index, gate, weights, backend):
-  if backend not in ("auto", "dense", "ragged", "blocks"):
-    raise ValueError(f"backend is {backend!r}; want 'auto', 'dense', 'ragged' or 'blocks'.")
+  if backend not in BACKENDS:
+    raise ValueError(f"backend is {backend!r}; want {', '.join(map(repr, BACKENDS))}.")
   shapes = tuple(w.shape for w in weights[:3])
   experts, hidden = shapes[0][0], shapes[0][-1]
   inward, outward = (experts, x.shape[-1], hidden), (experts, hidden, x.shape[-1])
@@ -80,6 +96,18 @@ def _dense(x, expert_index, gate, weights, limit):
   hidden = swiglu(a, u, limit).astype(x.dtype)
   out = jnp.einsum("enf,efd->end", hidden, weights.down, preferred_element_type=dtype)
   return jnp.einsum("end,ne->nd", out, share).astype(x.dtype)
+
+
+def _gathered(x, expert_index, gate, weights, limit):
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  inside = (expert_index >= 0) & (expert_index < weights.gate.shape[0])
+  mine = jax.tree.map(lambda w: w.at[expert_index].get(mode="clip"), weights)  # [N, K, ...]
+  a = jnp.einsum("nd,nkdf->nkf", x, mine.gate, preferred_element_type=dtype)
+  u = jnp.einsum("nd,nkdf->nkf", x, mine.up, preferred_element_type=dtype)
+  if mine.gate_bias is not None:
+    a, u = a + mine.gate_bias, u + mine.up_bias
+  out = jnp.einsum("nkf,nkfd->nkd", swiglu(a, u, limit).astype(x.dtype), mine.down, preferred_element_type=dtype)
+  return jnp.einsum("nkd,nk->nd", out, jnp.where(inside, gate, 0)).astype(x.dtype)
 
 
 def _ragged(x, expert_index, gate, weights, limit):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -34,6 +35,9 @@ class KeyValueCache(NamedTuple):
 
 # Router shift compares log-probabilities of the experts: of all of them together, or of each for itself.
 _ROUTER_LOG_PROB = {"softmax": functools.partial(jax.nn.log_softmax, axis=-1), "sigmoid": jax.nn.log_sigmoid}
+
+# Parameters that are used in float32 whatever the dtype of activations.
+_FLOAT32 = re.compile("router|sinks|down_bias")
 
 
 def build_policy(config: TransformerConfig, layout: Layout | None = None) -> Policy:
@@ -109,6 +113,7 @@ def merge_lora(config: TransformerConfig, params: Params) -> tuple[TransformerCo
 def _for_decode(config: TransformerConfig, params: Params, slots: int) -> dict[str, Any]:
   """One tree per layer: slicing stacked layers inside the decode loop would copy them at every step.
 
+  What the layers use in the dtype of activations is cast to it here, once: decoding reads half the bytes in bfloat16.
   "rotary" holds the cosines and sines of all positions: made in the loop, XLA computes them anew for every head.
   """
   config, params = merge_lora(config, params)
@@ -117,7 +122,11 @@ def _for_decode(config: TransformerConfig, params: Params, slots: int) -> dict[s
     stacked = params[f"layers_{number}"]
     layers += [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(length)]
   rest = {name: value for name, value in params.items() if not name.startswith("layers_")}
-  return {"layers": layers, "rotary": rotary_angles(config, jnp.arange(slots)), **rest}
+  cast = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: leaf if _FLOAT32.search(jax.tree_util.keystr(path)) else leaf.astype(config.dtype),
+    {"layers": layers, **rest},
+  )
+  return {**cast, "rotary": rotary_angles(config, jnp.arange(slots))}
 
 
 def _init_cache(config: TransformerConfig, batch: int, slots: int) -> KeyValueCache:

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from models.moe import block_rows, run_experts
+from models.moe import block_rows, choose_backend, run_experts
 from models.moe_blocks import Experts, order_by_expert, run_blocks
 
 WIDTH, HIDDEN = 24, 20
@@ -71,11 +71,11 @@ def assert_close(got, want, tolerance):
 def test_every_backend_equals_dense_in_value_and_gradient(routing):
   arrays = layer(*ROUTINGS[routing])
   want = value_and_grads(*arrays, backend="dense")
-  for backend in ("ragged", "blocks"):
+  for backend in ("ragged", "blocks", "gathered"):
     assert_close(value_and_grads(*arrays, backend=backend), want, 1e-5)
 
 
-@pytest.mark.parametrize("backend", ["dense", "ragged", "blocks"])
+@pytest.mark.parametrize("backend", ["dense", "ragged", "blocks", "gathered"])
 def test_a_backend_is_the_formula_written_out(backend):
   x, expert_index, gate, weights = layer(9, 4, 2, some_outside(4))
   want = np.zeros(x.shape)
@@ -90,7 +90,7 @@ def test_a_backend_is_the_formula_written_out(backend):
   assert_close(got, jnp.asarray(want, jnp.float32), 1e-5)
 
 
-@pytest.mark.parametrize("backend", ["ragged", "blocks"])
+@pytest.mark.parametrize("backend", ["ragged", "blocks", "gathered"])
 def test_bfloat16_stays_near_float32(backend):
   x, expert_index, gate, weights = layer(67, 4, 3, some_outside(4), dtype=jnp.bfloat16)
   got = value_and_grads(x, expert_index, gate, weights, backend=backend)
@@ -112,7 +112,7 @@ def test_every_backend_adds_biases_and_clamps_as_gpt_oss_does():
       want[n] += gate[n, k] * ((u + 1) * a / (1 + np.exp(-1.702 * a)) @ w_down[e])
   found = {
     name: value_and_grads(x, expert_index, gate, weights, backend=name, swiglu_limit=0.5)
-    for name in ("dense", "ragged", "blocks")
+    for name in ("dense", "ragged", "blocks", "gathered")
   }
   for y, *grads in found.values():
     assert_close(y, want.astype(np.float32), 1e-5)
@@ -182,6 +182,12 @@ def test_auto_takes_the_blocks_on_cpu():
   text = jax.jit(run_experts).lower(*arrays).as_text()
   assert text == jax.jit(partial(run_experts, backend="blocks")).lower(*arrays).as_text()
   assert text != jax.jit(partial(run_experts, backend="ragged")).lower(*arrays).as_text()
+
+
+def test_elsewhere_auto_gathers_experts_for_few_pairs_and_groups_many():
+  for platform in ("gpu", "tpu"):
+    assert [choose_backend(platform, pairs, 128) for pairs in (8, 42, 43, 1024)] == [*["gathered"] * 2, *["ragged"] * 2]
+  assert {choose_backend("cpu", pairs, 128) for pairs in (8, 1024)} == {"blocks"}
 
 
 def test_blocks_grow_with_the_pairs_of_an_expert():

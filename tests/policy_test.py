@@ -104,6 +104,36 @@ def test_prefill_and_decode_repeat_the_full_forward():
   np.testing.assert_allclose(jnp.concatenate(routers, 2)[:, mask], router_logits[:, mask], atol=1e-5)
 
 
+def prefilled(policy, params):
+  """hidden [B, T, D] and the cache after a prefill of the whole batch."""
+  tokens, valid = tiny.prompts()
+  weights = policy.for_decode(params, tokens.shape[1])
+  hidden, _, cache = jax.jit(policy.prefill)(weights, tokens, valid, policy.init_cache(*tokens.shape))
+  return np.asarray(hidden, np.float32)[np.asarray(valid)], cache
+
+
+def test_decoding_keeps_half_the_bytes_of_weights_in_bfloat16_and_computes_the_same():
+  _, params = tiny.policy_and_params()
+  policy = build_policy(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"))
+  weights = policy.for_decode(params, 5)
+  kinds = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
+  wide = {path for path, dtype in kinds.items() if dtype == jnp.float32}
+  assert len(kinds) - len(wide) > 20 and all("router" in path or "rotary" in path for path in wide)
+  tokens, valid = tiny.prompts()
+  wanted = jax.jit(policy.forward)(params, tokens, valid)[0][valid]
+  error = np.abs(prefilled(policy, params)[0] - np.asarray(wanted, np.float32)).max(axis=-1)
+  assert np.median(error) < 0.02  # products are summed in another order, and a near tie flips an expert
+
+
+def test_a_bfloat16_cache_is_half_as_large_and_costs_little_precision():
+  policy, params = tiny.policy_and_params()
+  narrow = build_policy(dataclasses.replace(tiny.CONFIG, cache_dtype="bfloat16"))
+  (wanted, cache), (found, half) = prefilled(policy, params), prefilled(narrow, params)
+  assert jax.tree.leaves(half.layers)[0].dtype == jnp.bfloat16
+  assert sum(leaf.nbytes for leaf in half.layers[0]) * 2 == sum(leaf.nbytes for leaf in cache.layers[0])
+  assert 0 < np.median(np.abs(found - wanted).max(axis=-1)) < 0.02
+
+
 def test_what_stands_in_padding_changes_no_valid_position():
   policy, params = tiny.policy_and_params()
   tokens, valid = tiny.prompts()
@@ -132,7 +162,7 @@ def test_logical_axes_name_every_axis_of_every_parameter():
   jax.tree.map(check, params, policy.logical_axes())
 
 
-@pytest.mark.parametrize("backend", ["dense", "ragged", "blocks"])
+@pytest.mark.parametrize("backend", ["dense", "ragged", "blocks", "gathered"])
 def test_every_way_of_running_the_experts_gives_the_same_logits(backend):
   _, params = tiny.policy_and_params()
   tokens, valid = tiny.prompts()
