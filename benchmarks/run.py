@@ -132,6 +132,15 @@ def rollouts(effort: Effort) -> Iterator[Row]:
   yield Row("rollouts, continuous over batch-synchronous", what, "at least 2x", note)
 
 
+def bandwidth(effort: Effort) -> Iterator[Row]:
+  found = report("benchmarks.bandwidth:decode_speed", {"rounds": effort.repeats})
+  yield Row("memory, read by all cores", f"{found['read'] / 1e9:.1f} GB/s")
+  for row in found["rows"]:
+    note = f"{row['bytes'] / 1e6:.0f} MB a step, {row['experts']:.0f} of 32 experts a layer"
+    what = f"decode, 108M parameters, {row['rows']} rows, cache {row['cache']}, share of memory bandwidth"
+    yield Row(what, f"{row['share']:.0%}", "", f"{row['tokens_per_second']:.0f} tok/s; {note}")
+
+
 def compilation(effort: Effort) -> Iterator[Row]:
   del effort  # a compile is seconds of one thread: once is enough
   for case in ("sampling", "train_step"):
@@ -148,6 +157,7 @@ SECTIONS: dict[str, Callable[[Effort], Iterator[Row]]] = {
   "scoring": scoring,
   "rollouts": rollouts,
   "peak": peak,
+  "bandwidth": bandwidth,
   "shift": shift,
   "strategies": strategies,
   "compilation": compilation,
