@@ -6,7 +6,8 @@ draws are those of `rspo_jax.sampling.sample`: a completion depends on its key, 
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,16 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rspo_jax import mesh, slots
+from rspo_jax.completions import Completion, begin, pack
 from rspo_jax.sampling import SamplingOptions
 from rspo_jax.types import Layout, Params, Policy, Rollout
 
-
-class Waiting(NamedTuple):
-  """A completion that has no row yet. number: in the whole batch, from 0; source: row of its prompt in `prompts`."""
-
-  number: int
-  source: int
-  prompts: slots.Prompts
+After = Callable[[list[Completion]], Sequence[Completion] | None]
 
 
 class ContinuousSampler:
@@ -36,6 +32,7 @@ class ContinuousSampler:
     prompts_at_once: prompts read by one program; by default as many as fill the rows that are refilled.
     buckets: lengths that prompts are padded to, the last one prompt_length; one program each. By default a quarter, a
       half and the whole of it.
+    continues: completions may come that are begun already; two more lengths for a prompt and what is drawn of it.
     layout: the mesh; rows and prompts_at_once are multiples of its batch shards.
 
   Attributes:
@@ -55,6 +52,7 @@ class ContinuousSampler:
     refill: int | None = None,
     prompts_at_once: int | None = None,
     buckets: Sequence[int] | None = None,
+    continues: bool = False,
     layout: Layout | None = None,
   ):
     shards = layout.batch_shards if layout else 1
@@ -69,7 +67,8 @@ class ContinuousSampler:
       )
     if self._buckets[-1] != prompt_length or list(self._buckets) != sorted(set(self._buckets)) or self._buckets[0] < 1:
       raise ValueError(f"buckets are {self._buckets}; want rising lengths, the last one {prompt_length}.")
-    size = prompt_length + options.max_new_tokens
+    new, size = options.max_new_tokens, prompt_length + options.max_new_tokens
+    self._continued = tuple(sorted({prompt_length + -(-new // 2), size})) if continues else ()
     bind = functools.partial
     self._prepare = jax.jit(lambda params: policy.for_decode(params, size))
     self._empty = bind(slots.empty_slots, policy, options, rows, size)
@@ -79,9 +78,10 @@ class ContinuousSampler:
     self._take = jax.jit(lambda kept, rows: jax.tree.map(lambda leaf: leaf[rows], kept))
     cache = jax.eval_shape(bind(policy.init_cache, rows, size))
     self.cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    lengths = (*self._buckets, *self._continued)
     self.programs = (
-      *(f"read {self._prompts_at_once} prompts of {length} tokens" for length in self._buckets),
-      f"fill {self._refill} of {rows} rows, one for each of {len(self._buckets)} lengths",
+      *(f"read {self._prompts_at_once} prompts of {length} tokens" for length in lengths),
+      f"fill {self._refill} of {rows} rows, one for each of {len(lengths)} lengths",
       f"decode {rows} rows of up to {size} tokens, cache {self.cache_bytes:,} bytes",
     )
     _check_memory(self.cache_bytes, rows)
@@ -97,38 +97,68 @@ class ContinuousSampler:
     limits: np.ndarray | None = None,
   ) -> Rollout:
     """As `sample`, for any number of prompts [P, Tp]; the arrays of the result are numpy's."""
-    options, samples = self._options, self._options.samples_per_prompt
-    total, new = len(tokens) * samples, options.max_new_tokens
-    limits = np.full(total, new, np.int32) if limits is None else np.asarray(limits, np.int32)
+    samples, new = self._options.samples_per_prompt, self._options.max_new_tokens
+    prompts = [row[chosen] for row, chosen in zip(np.asarray(tokens), np.asarray(valid), strict=True)]
+    total = len(prompts) * samples
+    limits = np.full(total, new) if limits is None else np.asarray(limits)
+    waiting = [begin(first_row + row, prompts[row // samples], int(limits[row])) for row in range(total)]
+    done = self.draw(params, waiting, key)
+    return pack(done, self._length, new)
+
+  def draw(
+    self,
+    params: Params,
+    waiting: Iterable[Completion],
+    key: jax.Array,
+    *,
+    version: int = 0,
+    after: After | None = None,
+  ) -> list[Completion]:
+    """Draws on until every completion is through, or until `after` has enough.
+
+    Args:
+      waiting: completions; those that are through already come back as they are.
+      version: of params, written beside every token.
+      after: given the completions that came through since its last call (none, when nothing is left to do), returns
+        further ones to draw, or None to stop.
+    Returns:
+      All completions in the order of their numbers. After a stop some are not through, and can be drawn on later.
+    """
     weights, state = self._prepare(params), jax.jit(self._empty, out_shardings=self._shardings())()
-    done = _Record(total, new)
-    waiting = self._waiting(weights, np.asarray(tokens), np.asarray(valid), done)
+    known = {completion.number: completion for completion in waiting}
+    queue = _Queue(
+      functools.partial(self._read_prompts, weights),
+      self._prompts_at_once,
+      self._buckets,
+      self._continued,
+      self._options.record_experts,
+    )
+    queue.add([completion for completion in known.values() if not completion.through])
     owner = np.full(self._rows, -1)
-    upcoming = next(waiting, None)
-    while upcoming is not None or np.any(owner >= 0):
-      free = np.flatnonzero(owner < 0)
-      while upcoming is not None and len(free):
-        # One call fills rows from one batch of prompts.
-        group, prompts = [], upcoming.prompts
-        while upcoming is not None and upcoming.prompts is prompts and len(group) < min(self._refill, len(free)):
-          group.append(upcoming)
-          upcoming = next(waiting, None)
-        rows, free = free[: len(group)], free[len(group) :]
-        numbers = np.array([item.number for item in group])
-        owner[rows] = numbers
-        call = (rows, [item.source for item in group], first_row + numbers, limits[numbers])
-        padded = (np.resize(part, self._refill).astype(np.int32) for part in call)
-        rows_in, *others = padded
-        rows_in[len(group) :] = self._rows
-        state = self._fill(weights, key, state, prompts, rows_in, *others)
+    news = [completion for completion in known.values() if completion.through]
+    while True:
+      if after is not None:
+        more = after(news)
+        if more is None:
+          break
+        known |= {completion.number: completion for completion in more}
+        queue.add(more)
+      if not queue and not np.any(owner >= 0):
+        break
+      state = self._seat(weights, key, state, queue, owner)
       busy = int(np.sum(owner >= 0))
-      least = max(1, busy - self._refill + 1) if upcoming is not None else 1
-      state = self._decode(weights, key, state, jnp.int32(new), jnp.int32(least))
+      # Without a word to say in between, the last rows run to their ends in one go.
+      least = max(1, busy - self._refill + 1) if queue or after is not None else 1
+      state = self._decode(weights, key, state, jnp.int32(self._options.max_new_tokens), jnp.int32(least))
       running = mesh.fetch(state.running)
       through = np.flatnonzero((owner >= 0) & ~running)
-      self._collect(state, through, owner[through], done)
+      news = self._collect(state, through, owner, known, queue, version)
       owner[through] = -1
-    return done.rollout(np.asarray(tokens), np.asarray(valid), options)
+    self._collect(state, np.flatnonzero(owner >= 0), owner, known, queue, version)
+    return [known[number] for number in sorted(known)]
+
+  def _read_prompts(self, weights: Params, tokens: np.ndarray, valid: np.ndarray) -> slots.Prompts:
+    return self._read(weights, *(mesh.put_batch((tokens, valid), self._layout) if self._layout else (tokens, valid)))
 
   def _shardings(self) -> Any:
     if self._layout is None:
@@ -136,78 +166,153 @@ class ContinuousSampler:
     rows, everywhere = self._layout.sharding("batch"), self._layout.sharding()
     return jax.tree.map(lambda leaf: rows if leaf.ndim else everywhere, jax.eval_shape(self._empty))
 
-  def _waiting(self, weights: Params, tokens: np.ndarray, valid: np.ndarray, done: "_Record") -> Iterator[Waiting]:
-    """All completions in the order they get a row: shorter prompts first. Prompts are read when they are needed."""
-    lengths = valid.sum(axis=1)
-    bucket = np.searchsorted(self._buckets, lengths)
-    samples = self._options.samples_per_prompt
-    for number, length in enumerate(self._buckets):
-      members = np.flatnonzero(bucket == number)
-      for start in range(0, len(members), self._prompts_at_once):
-        part = members[start : start + self._prompts_at_once]
-        filled = np.resize(part, self._prompts_at_once)
-        batch = tokens[filled, -length:], valid[filled, -length:]
-        placed = mesh.put_batch(batch, self._layout) if self._layout else batch
-        prompts = self._read(weights, *placed)
-        done.keep_prompts(part, prompts, samples, tokens.shape[1])
-        for source, prompt in enumerate(part):
-          for sample in range(samples):
-            yield Waiting(int(prompt) * samples + sample, source, prompts)
+  def _seat(self, weights: Params, key: jax.Array, state: slots.Slots, queue: "_Queue", owner: np.ndarray):
+    """Fills the free rows from the queue; one call fills rows from one batch of prompts."""
+    free = np.flatnonzero(owner < 0)
+    while queue and len(free):
+      seated = queue.take(min(self._refill, len(free)))
+      rows, free = free[: len(seated)], free[len(seated) :]
+      owner[rows] = [place.completion.number for place in seated]
+      limits = [place.completion.limit for place in seated]
+      call = (rows, [place.source for place in seated], owner[rows], limits)
+      rows_in, *others = (np.resize(part, self._refill).astype(np.int32) for part in call)
+      rows_in[len(seated) :] = self._rows
+      begun = self._begun([place.completion for place in seated])
+      state = self._fill(weights, key, state, seated[0].prompts, rows_in, *others, begun)
+    return state
 
-  def _collect(self, state: slots.Slots, rows: np.ndarray, numbers: np.ndarray, done: "_Record") -> None:
+  def _begun(self, completions: Sequence[Completion]) -> slots.Begun | None:
+    """What is drawn of them; None if nothing is: a batch of prompts has either kind only."""
+    if not len(completions[0].tokens):
+      return None
+
+    def padded(parts: Iterable[np.ndarray]) -> np.ndarray:
+      parts = list(parts)
+      whole = np.zeros((self._refill, self._options.max_new_tokens, *parts[0].shape[1:]), parts[0].dtype)
+      for row, part in enumerate(parts):
+        whole[row, : len(part)] = part
+      return whole
+
+    experts = ()
+    if self._options.record_experts:
+      experts = padded(c.experts[len(c.prompt) :] for c in completions)
+    lengths = np.resize([len(c.tokens) for c in completions], self._refill).astype(np.int32)
+    columns = (padded(getattr(c, name) for c in completions) for name in ("tokens", "drawn_log_prob", "log_prob"))
+    return slots.Begun(lengths, *columns, experts)
+
+  def _collect(self, state, rows, owner, known: dict[int, Completion], queue: "_Queue", version: int):
+    """Takes what these rows hold into `known`; returns their completions."""
     kept = (state.length, state.tokens, state.drawn_log_prob, state.log_prob, state.experts)
+    found = []
     for start in range(0, len(rows), self._refill):
       part = rows[start : start + self._refill]
-      found = mesh.fetch(self._take(kept, np.resize(part, self._refill)))
-      done.keep(numbers[start : start + len(part)], found)
+      length, tokens, drawn, raw, experts = mesh.fetch(self._take(kept, np.resize(part, self._refill)))
+      for i, row in enumerate(part):
+        old, new = known[int(owner[row])], slice(0, int(length[i]))
+        version_of = np.concatenate([old.version, np.full(length[i] - len(old.version), version, np.int32)])
+        routed = None
+        if self._options.record_experts:
+          before = queue.experts_of(old) if old.experts is None else old.experts[: len(old.prompt)]
+          routed = np.concatenate([before, experts[i, new]])
+        ended = bool(np.isin(tokens[i, new][-1:], self._options.stop_ids).any())
+        found.append(
+          old._replace(
+            tokens=tokens[i, new].copy(),
+            drawn_log_prob=drawn[i, new].copy(),
+            log_prob=raw[i, new].copy(),
+            version=version_of,
+            experts=routed,
+            finished=ended,
+          )
+        )
+    known |= {completion.number: completion for completion in found}
+    return found
 
 
-class _Record:
-  """The completions that are through, on the host."""
+class _Place(NamedTuple):
+  """A completion that waits for a row, and where its prompt stands: row `source` of `prompts`."""
 
-  def __init__(self, total: int, new: int):
-    self.length = np.zeros(total, np.int32)
-    self.tokens = np.zeros((total, new), np.int32)
-    self.drawn_log_prob, self.log_prob = np.zeros((2, total, new), np.float32)
-    self.experts: np.ndarray | None = None
+  completion: Completion
+  source: int
+  prompts: slots.Prompts
 
-  def keep(self, numbers: np.ndarray, found: Any) -> None:
-    length, tokens, drawn, raw, experts = jax.tree.map(lambda leaf: leaf[: len(numbers)], found)
-    written = np.arange(self.tokens.shape[1]) < length[:, None]
-    self.length[numbers] = length
-    self.tokens[numbers] = np.where(written, tokens, 0)
-    self.drawn_log_prob[numbers], self.log_prob[numbers] = np.where(written, drawn, 0), np.where(written, raw, 0)
-    if self.experts is not None:
-      self.experts[numbers, -written.shape[1] :] = experts
 
-  def keep_prompts(self, members: np.ndarray, prompts: slots.Prompts, samples: int, length: int) -> None:
-    """The experts of prompts, if they are recorded, for all samples of each."""
-    for experts in jax.tree.leaves(prompts.experts):
-      if self.experts is None:
-        shape = (len(self.length), length + self.tokens.shape[1], *experts.shape[2:])
-        self.experts = np.zeros(shape, experts.dtype)
-      of_prompt = mesh.fetch(experts)[: len(members), :-1]
-      for source, prompt in enumerate(members):
-        rows = slice(prompt * samples, (prompt + 1) * samples)
-        self.experts[rows, length - of_prompt.shape[1] : length] = of_prompt[source]
+class _Queue:
+  """Completions that have no row yet: begun ones first, then shorter prompts first.
 
-  def rollout(self, tokens: np.ndarray, valid: np.ndarray, options: SamplingOptions) -> Rollout:
-    samples = options.samples_per_prompt
-    chosen = np.arange(self.tokens.shape[1]) < self.length[:, None]
+  Completions with the same prompt, and the same tokens drawn, share one reading of it, which happens when the first of
+  them is to get a row.
 
-    def after_prompt(prompt: np.ndarray, completion: np.ndarray) -> np.ndarray:
-      return np.concatenate([np.repeat(prompt, samples, axis=0).astype(completion.dtype), completion], axis=1)
+  Args:
+    read: (tokens [P, length], valid) -> `slots.Prompts`. at_once: P.
+    buckets: lengths of prompts; continued: of prompts with what is drawn of them.
+    record_experts: keep the experts of prompts, for `experts_of`.
+  """
 
-    nothing = np.zeros_like(tokens)
-    return Rollout(
-      tokens=after_prompt(tokens, self.tokens),
-      valid=after_prompt(valid, chosen),
-      action_mask=after_prompt(nothing, chosen),
-      sampler_log_prob=after_prompt(nothing, self.drawn_log_prob),
-      log_prob=after_prompt(nothing, self.log_prob),
-      finished=np.any(chosen & np.isin(self.tokens, options.stop_ids), axis=1),
-      expert_index=self.experts,
-    )
+  def __init__(
+    self,
+    read: Callable[[np.ndarray, np.ndarray], slots.Prompts],
+    at_once: int,
+    buckets: Sequence[int],
+    continued: Sequence[int],
+    record_experts: bool,
+  ):
+    self._read, self._at_once, self._buckets, self._continued = read, at_once, buckets, continued
+    self._record_experts = record_experts
+    self._unread: deque[tuple[int, list[list[Completion]]]] = deque()  # length, completions by prompt
+    self._places: deque[_Place] = deque()
+    self._experts: dict[bytes, np.ndarray] = {}
+
+  def __bool__(self) -> bool:
+    return bool(self._unread or self._places)
+
+  def add(self, completions: Iterable[Completion]) -> None:
+    """ValueError for a completion that is longer than the sampler was made for."""
+    by_length: dict[tuple[bool, int], dict[tuple[bytes, bytes], list[Completion]]] = {}
+    for completion in completions:
+      fresh = not len(completion.tokens)
+      prompts = by_length.setdefault((fresh, self._padded(completion, fresh)), {})
+      prompts.setdefault((completion.prompt.tobytes(), completion.tokens.tobytes()), []).append(completion)
+    for fresh, length in sorted(by_length):
+      prompts = list(by_length[fresh, length].values())
+      for start in range(0, len(prompts), self._at_once):
+        self._unread.append((length, prompts[start : start + self._at_once]))
+
+  def _padded(self, completion: Completion, fresh: bool) -> int:
+    length = len(completion.prompt) + len(completion.tokens)
+    fitting = [bucket for bucket in (self._buckets if fresh else self._continued) if bucket >= length]
+    if not fitting:
+      raise ValueError(
+        f"completion {completion.number} has {len(completion.prompt)} prompt tokens and {len(completion.tokens)} "
+        f"drawn; want at most {self._buckets[-1]} prompt tokens, and continues=True for completions that are begun."
+      )
+    return fitting[0]
+
+  def take(self, most: int) -> list[_Place]:
+    """1 to `most` completions of one batch of prompts. Only where some wait."""
+    if not self._places:
+      self._read_next()
+    return [self._places.popleft() for _ in range(min(most, len(self._places)))]
+
+  def _read_next(self) -> None:
+    length, batch = self._unread.popleft()
+    tokens = np.zeros((self._at_once, length), np.int32)
+    valid = np.zeros(tokens.shape, bool)
+    for row in range(self._at_once):
+      first = batch[row % len(batch)][0]
+      context = np.concatenate([first.prompt, first.tokens])
+      tokens[row, length - len(context) :], valid[row, length - len(context) :] = context, True
+    prompts = self._read(tokens, valid)
+    by_slot = mesh.fetch(prompts.experts) if self._record_experts else None
+    for source, members in enumerate(batch):
+      prompt, fresh = members[0].prompt, not len(members[0].tokens)
+      if by_slot is not None and fresh:
+        self._experts[prompt.tobytes()] = by_slot[source, length - len(prompt) : length]
+      self._places.extend(_Place(completion, source, prompts) for completion in members)
+
+  def experts_of(self, completion: Completion) -> np.ndarray:
+    """[p, L, K], of the prompt of a completion that began here."""
+    return self._experts[completion.prompt.tobytes()]
 
 
 def _check_memory(cache_bytes: int, rows: int) -> None:

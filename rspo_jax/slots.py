@@ -27,6 +27,21 @@ class Prompts(NamedTuple):
   experts: Any
 
 
+class Begun(NamedTuple):
+  """Completions that go on where an earlier policy, or an earlier call, left them.
+
+  Attributes:
+    length: [n] int32, tokens drawn. tokens [n, N] int32, drawn_log_prob, log_prob [n, N] float32 and experts
+      [n, N, L, K] (() unless they are recorded): the completion so far.
+  """
+
+  length: Array
+  tokens: Array
+  drawn_log_prob: Array
+  log_prob: Array
+  experts: Any = ()
+
+
 class Slots(NamedTuple):
   """B rows in the middle of their completions.
 
@@ -88,34 +103,43 @@ def fill(
   sources: Array,
   numbers: Array,
   limits: Array,
+  begun: Begun | None = None,
 ) -> Slots:
-  """Begins n completions: row rows[i] takes prompt sources[i], is number numbers[i], and draws its first token.
+  """Gives rows to n completions: rows[i] takes prompt sources[i], is number numbers[i], and draws its next token.
 
   A row beyond the batch (rows[i] = B) leaves that place of the call unused.
+
+  Args:
+    begun: what is drawn of them already; the prompts then end with those tokens. None: nothing is.
   """
   keys = keys_of(key, numbers)
-  tokens, drawn, raw = draw_tokens(policy, options, weights, prompts.hidden[sources], keys, jnp.int32(0))
+  done = jnp.zeros_like(rows) if begun is None else begun.length
+  tokens, drawn, raw = draw_tokens(policy, options, weights, prompts.hidden[sources], keys, done)
 
   def put(old: Array, new: Array) -> Array:
     return old.at[rows].set(new, mode="drop")
 
-  def first(old: Array, new: Array) -> Array:
-    """A row's record begins anew with one entry."""
-    fresh = jnp.zeros((rows.size, *old.shape[1:]), old.dtype).at[:, 0].set(new.astype(old.dtype))
-    return put(old, fresh)
+  def record(old: Array, new: Array, before: Array | None) -> Array:
+    """A row's record is what was drawn before, and one entry more."""
+    kept = jnp.zeros((rows.size, *old.shape[1:]), old.dtype) if before is None else before
+    return put(old, kept.at[jnp.arange(rows.size), done].set(new.astype(old.dtype)))
 
-  goes_on = ~_stops(options, tokens) & (limits > 1)
+  before = Begun(*[None] * 5) if begun is None else begun
+  experts = slots.experts
+  if options.record_experts:
+    experts = record(experts, prompts.experts[sources, -1], before.experts)
+  goes_on = ~_stops(options, tokens) & (limits > done + 1)
   return Slots(
     cache=policy.insert(slots.cache, rows, prompts.cache, sources),
     token=put(slots.token, tokens),
     running=put(slots.running, goes_on),
-    length=put(slots.length, jnp.ones_like(rows)),
+    length=put(slots.length, done + 1),
     limit=put(slots.limit, limits),
     number=put(slots.number, numbers),
-    tokens=first(slots.tokens, tokens),
-    drawn_log_prob=first(slots.drawn_log_prob, drawn),
-    log_prob=first(slots.log_prob, raw),
-    experts=jax.tree.map(lambda old, new: first(old, new[sources, -1]), slots.experts, prompts.experts),
+    tokens=record(slots.tokens, tokens, before.tokens),
+    drawn_log_prob=record(slots.drawn_log_prob, drawn, before.drawn_log_prob),
+    log_prob=record(slots.log_prob, raw, before.log_prob),
+    experts=experts,
   )
 
 

@@ -167,6 +167,7 @@ class Rollout:
     finished: [B] bool, ended by a stop token; False means cut off at the length limit.
     expert_index: [B, T, L, K] uint8 or uint16, slot-aligned, the experts every token was sampled with; None unless
       `SamplingOptions.record_experts`.
+    version: [B, T] int32, of the policy that drew each token; None where one policy drew all of them.
   """
 
   tokens: Array
@@ -176,6 +177,7 @@ class Rollout:
   log_prob: Array
   finished: Array
   expert_index: Array | None = None
+  version: Array | None = None
 
 
 @struct.dataclass

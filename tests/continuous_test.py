@@ -10,8 +10,10 @@ import tiny
 
 from models.policy import build_policy
 from rspo_jax import continuous, mesh
+from rspo_jax.completions import begin, from_arrays, pack, to_arrays
 from rspo_jax.continuous import ContinuousSampler
 from rspo_jax.sampling import SamplingOptions, sample
+from rspo_jax.scoring import score
 
 PROMPTS, LENGTH, NEW, SAMPLES = 10, 8, 12, 2
 CONFIG = dataclasses.replace(tiny.CONFIG, num_hidden_layers=2, mlp_only_layers=())  # a layer less to compile
@@ -88,6 +90,85 @@ def test_every_completion_keeps_to_its_own_limit():
   lengths = found.action_mask.sum(axis=1)
   assert np.all(lengths <= limits()) and np.any(lengths == limits())
   np.testing.assert_array_equal(found.finished, np.isin(found.tokens[np.arange(20), LENGTH + lengths - 1], (0, 1, 2)))
+
+
+@functools.cache
+def continuing():
+  policy = tiny.policy_and_params(CONFIG)[0]
+  return ContinuousSampler(policy, OPTIONS, rows=6, prompt_length=LENGTH, refill=2, buckets=(LENGTH,), continues=True)
+
+
+def waiting():
+  tokens, valid = prompts()
+  return [begin(5 + row, tokens[row // SAMPLES][valid[row // SAMPLES]], NEW) for row in range(PROMPTS * SAMPLES)]
+
+
+def stopped(params, version=0, collections=3):
+  """All completions, as they stand when rows were collected so often."""
+  calls = iter(range(collections))
+  return continuing().draw(
+    params,
+    waiting(),
+    jax.random.key(7),
+    version=version,
+    after=lambda news: () if next(calls, None) is not None else None,
+  )
+
+
+def test_what_was_stopped_and_saved_is_drawn_on_as_if_nothing_had_happened():
+  params = tiny.policy_and_params(CONFIG)[1]
+  partial = stopped(params)
+  kinds = {(completion.through, len(completion.tokens) > 0) for completion in partial}
+  assert kinds == {(True, True), (False, True), (False, False)}  # some through, some under way, some waiting
+  saved = from_arrays(to_arrays(partial))
+  found = continuing().draw(params, saved, jax.random.key(7))
+  assert all(completion.through for completion in found)
+  assert_same(pack(found, LENGTH, NEW), synchronous())
+
+
+def test_tokens_drawn_before_the_policy_changed_stay_and_say_which_policy_drew_them():
+  params = tiny.policy_and_params(CONFIG)[1]
+  other = jax.tree.map(lambda leaf: leaf * 1.5, params)
+  partial = stopped(params, version=3)
+  found = continuing().draw(other, partial, jax.random.key(7), version=4)
+  carried = 0
+  for old, new in zip(partial, found, strict=True):
+    drawn = len(old.tokens)
+    carried += 0 < drawn < len(new.tokens)
+    for name in ("tokens", "drawn_log_prob", "log_prob"):
+      np.testing.assert_array_equal(getattr(new, name)[:drawn], getattr(old, name))
+    np.testing.assert_array_equal(new.version, np.where(np.arange(len(new.tokens)) < drawn, 3, 4))
+    if drawn:
+      np.testing.assert_array_equal(new.experts[: len(old.prompt) + drawn], old.experts)
+  assert carried
+  rollout = pack(found, LENGTH, NEW, versions=True)
+  assert set(rollout.version[rollout.action_mask]) == {3, 4}
+  # What the new policy adds is what it gives these tokens after those: its own forward is the witness.
+  policy = tiny.policy_and_params(CONFIG)[0]
+  scored = jax.jit(functools.partial(score, policy))(other, rollout.tokens, rollout.valid)
+  new = rollout.action_mask & (rollout.version == 4)
+  np.testing.assert_allclose(rollout.log_prob[new], np.asarray(scored.log_prob)[new], atol=1e-4)
+  old = rollout.action_mask & (rollout.version == 3)
+  assert np.abs(rollout.log_prob[old] - np.asarray(scored.log_prob)[old]).max() > 1e-2
+
+
+def test_further_completions_can_be_asked_for_on_the_way():
+  everyone = waiting()
+  rest, seen = [everyone[:5], everyone[5:12], everyone[12:]], []
+
+  def after(news):
+    seen.extend(completion.number for completion in news)
+    return rest.pop() if rest else ()
+
+  found = continuing().draw(tiny.policy_and_params(CONFIG)[1], (), jax.random.key(7), after=after)
+  assert_same(pack(found, LENGTH, NEW), synchronous())
+  assert sorted(seen) == [completion.number for completion in everyone]
+
+
+def test_begun_completions_need_a_sampler_that_was_made_for_them():
+  partial = stopped(tiny.policy_and_params(CONFIG)[1])
+  with pytest.raises(ValueError, match="continues=True"):
+    sampler().draw(tiny.policy_and_params(CONFIG)[1], partial, jax.random.key(7))
 
 
 def test_rows_split_over_a_mesh_draw_the_same():
