@@ -9,11 +9,22 @@ from models.config import TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """name: of `DATASETS`. data_dir: where it is kept; '' is the user's cache folder. options: the data set's own."""
+  """Where the problems come from (docs/data.md).
+
+  Attributes:
+    name: of `DATASETS`. data_dir: where it is kept; '' is the user's cache folder for data sets that are made here, the
+      working directory for files. options: the data set's own.
+    chat: prompts are what a user says, written as the tokenizer's chat template wants it. system: what stands before
+      that as the system's message; '' for none.
+    max_prompt_tokens: examples with a longer prompt, chat template included, are left out; 0 keeps all.
+  """
 
   name: str = "countdown"
   data_dir: str = ""
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  chat: bool = False
+  system: str = ""
+  max_prompt_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +75,10 @@ class SamplingConfig:
   Attributes:
     rows: decoded at once by continuous batching (`rspo_jax.continuous`), which pays where lengths differ much; 0
       decodes all completions of a call together.
+    engine: root of an outside engine's server, several with commas; '' draws here (docs/outside_engine.md).
+    engine_kind: "sglang" or "vllm", how it is told of new weights. engine_folder: where these are written for it, as a
+      Hugging Face folder that it sees under the same path. engine_model: the model's name in requests; '' for none.
+    engine_timeout: seconds that a completion may take.
   """
 
   max_new_tokens: int = 16
@@ -71,6 +86,11 @@ class SamplingConfig:
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  engine: str = ""
+  engine_kind: str = "sglang"
+  engine_folder: str = ""
+  engine_model: str = ""
+  engine_timeout: float = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +175,25 @@ class MismatchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CurriculumConfig:
+  """RL samples problems whose success rate lies in [low, high], and those that were not sampled yet. 0 and 1 is off.
+
+  Attributes:
+    memory, retry_epochs, max_skipped: see `rspo_jax.curriculum.Curriculum`.
+  """
+
+  low: float = 0.0
+  high: float = 1.0
+  memory: float = 0.5
+  retry_epochs: int = 4
+  max_skipped: int = 64
+
+  @property
+  def on(self) -> bool:
+    return (self.low, self.high) != (0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class DiagnosticsConfig:
   """every: RL steps between the costly diagnostics (gradient noise, replay probe); 0 is never. pieces: a minibatch is
   cut into for the gradient noise."""
@@ -172,7 +211,12 @@ class RLConfig:
     minibatches: parts a rollout is cut into, one update each. epochs: passes over them.
     microbatches: parts a minibatch is cut into to save memory. logits_chunk: positions whose logits are held at once.
     dynamic_sampling_rounds: batches of prompts sampled at most until enough groups have rewards that differ (DAPO); 1
-      is no dynamic sampling. overlong_buffer: tokens before the length limit over which a completion's reward falls by
+      is no dynamic sampling.
+    oversampling: prompts that are sampled beside the P; the step ends when P groups are through (continuous batching).
+    carry_over: RL steps that what is left then may be older than the update; it goes on in the next step. 0 throws it
+      away.
+    mask_truncated: completions without a stop token count for the baseline but are not trained on (DAPO).
+    overlong_buffer: tokens before the length limit over which a completion's reward falls by
       up to overlong_penalty; 0 is off.
     frozen: patterns of parameter paths that are not trained.
   """
@@ -185,6 +229,9 @@ class RLConfig:
   microbatches: int = 1
   logits_chunk: int = 128
   dynamic_sampling_rounds: int = 1
+  oversampling: int = 0
+  carry_over: int = 0
+  mask_truncated: bool = False
   overlong_buffer: int = 0
   overlong_penalty: float = 1.0
   frozen: tuple[str, ...] = ()
@@ -192,14 +239,61 @@ class RLConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+  """Held-out problems with a name, the test split of a data set.
+
+  Attributes:
+    data: data_dir, chat and system are those of `config.data` where they are not set. reward: judges its completions.
+    group: benchmarks are averaged with those of their group.
+    all others: as in `EvaluationConfig`, for this benchmark alone.
+  """
+
+  data: DataConfig = DataConfig()
+  reward: RewardConfig = RewardConfig()
+  group: str = "average"
+  problems: int | None = None
+  samples: int | None = None
+  k: tuple[int, ...] | None = None
+  greedy: bool | None = None
+  batch_problems: int | None = None
+  temperature: float | None = None
+  top_k: int | None = None
+  top_p: float | None = None
+  max_new_tokens: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-  """every: RL steps between evaluations on held-out problems; before and after RL they always happen.
-  problems: how many of them, 0 for all. samples: k of avg@k at temperature 1. batch_problems: per sampler call."""
+  """How good the policy is on problems it was not trained on. docs/evaluation.md.
+
+  Attributes:
+    every: RL steps between evaluations; before and after RL they always happen.
+    benchmarks: by name; without any, the test split of `config.data` under `config.reward` is the one.
+    problems: of each benchmark, the first so many; 0 for all.
+    samples: n completions of each. k: of pass@k and maj@k, each up to n; () is the powers of two and n.
+    greedy: one greedy completion as well. batch_problems: problems per sampler call.
+    temperature, top_k, top_p, max_new_tokens: of the samples; what is not given is as in `config.sampling`.
+    level: of the confidence intervals. resamples: of their bootstrap.
+  """
 
   every: int = 0
+  benchmarks: Mapping[str, BenchmarkConfig] = dataclasses.field(default_factory=dict)
   problems: int = 0
   samples: int = 8
+  k: tuple[int, ...] = ()
+  greedy: bool = True
   batch_problems: int = 128
+  temperature: float | None = None
+  top_k: int | None = None
+  top_p: float | None = None
+  max_new_tokens: int | None = None
+  level: float = 0.95
+  resamples: int = 10_000
+
+  def of(self, benchmark: BenchmarkConfig) -> "EvaluationConfig":
+    """The settings of a benchmark: its own where it has some."""
+    own = {field.name: getattr(benchmark, field.name, None) for field in dataclasses.fields(self)}
+    return dataclasses.replace(self, **{name: value for name, value in own.items() if value is not None})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +328,8 @@ class ExperimentConfig:
   Attributes:
     pretrained: where the parameters come from: a Hugging Face folder, one of `experiments.convert`, or another run's
       workdir; '' draws them at random. With `model.lora.rank` above 0 they stay as they are, and adapters are trained.
-    tokenizer: a folder with a `tokenizer.json`; '' is the character tokenizer of Countdown.
+    tokenizer: a folder with a `tokenizer.json`; 'bytes' has a token for each byte of UTF-8; '' has one for
+      each character of the data set (`rspo_jax.data.ALPHABETS`).
   """
 
   seed: int
@@ -249,6 +344,7 @@ class ExperimentConfig:
   mismatch: MismatchConfig = MismatchConfig()
   warm_start: WarmStartConfig = WarmStartConfig()
   rl: RLConfig = RLConfig()
+  curriculum: CurriculumConfig = CurriculumConfig()
   diagnostics: DiagnosticsConfig = DiagnosticsConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()

@@ -2,17 +2,18 @@
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
-from experiments.config import ExperimentConfig
+from experiments.config import EvaluationConfig, ExperimentConfig
 from models.config import TransformerConfig
 from rspo_jax import advantages, mismatch, objectives
 from rspo_jax.data import DATASETS
-from rspo_jax.rewards import REWARDS
+from rspo_jax.rewards import check_reward, reward_names
 
 
 def config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
@@ -24,8 +25,11 @@ def config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
       value, kind = getattr(node, field.name), _optional(typing.get_type_hints(type(node))[field.name])
       if dataclasses.is_dataclass(value):
         value = fill(value)
+      elif isinstance(value, Mapping):
+        value = {key: fill(item) if dataclasses.is_dataclass(item) else item for key, item in value.items()}
       elif value is None:
-        value = ml_collections.config_dict.placeholder(kind)  # a flag can still give it a value of that type
+        # a flag can still give it a value of that type
+        value = ml_collections.config_dict.placeholder(typing.get_origin(kind) or kind)
       filled[field.name] = value
     return filled
 
@@ -47,28 +51,43 @@ def read_config(given: ml_collections.ConfigDict) -> ExperimentConfig:
   config = _build(ExperimentConfig, given.to_dict(), "config")
   for name, known, what in (
     (config.data.name, DATASETS, "config.data.name"),
-    (config.reward.name, REWARDS, "config.reward.name"),
     (config.objective.name, objectives.OBJECTIVES, "config.objective.name"),
   ):
-    if name not in known:
-      raise ValueError(f"{what} is {name!r}; want one of {', '.join(sorted(known))}.")
+    _check_known(what, name, known)
+  check_reward(config.reward.name, config.reward.options, "config.reward")
+  if config.rl.overlong_buffer and "length" in reward_names(config.reward.name, config.reward.options):
+    raise ValueError(
+      f"config.rl.overlong_buffer is {config.rl.overlong_buffer} and config.reward holds the length reward: long "
+      "completions would be punished twice. Set overlong_buffer to 0, or leave the length reward out."
+    )
   for what, value, least in (
     ("config.rl.samples_per_prompt", config.rl.samples_per_prompt, 2),
     ("config.rl.minibatches", config.rl.minibatches, 1),
     ("config.rl.epochs", config.rl.epochs, 1),
-    ("config.evaluation.samples", config.evaluation.samples, 1),
-    ("config.evaluation.batch_problems", config.evaluation.batch_problems, 1),
     ("config.checkpoint.every", config.checkpoint.every, 1),
     ("config.rl.dynamic_sampling_rounds", config.rl.dynamic_sampling_rounds, 1),
     ("config.rl.overlong_buffer", config.rl.overlong_buffer, 0),
+    ("config.rl.oversampling", config.rl.oversampling, 0),
+    ("config.rl.carry_over", config.rl.carry_over, 0),
     ("config.router.shift_floor_updates", config.router.shift_floor_updates, 0),
     ("config.diagnostics.every", config.diagnostics.every, 0),
     ("config.diagnostics.pieces", config.diagnostics.pieces, 2),
     ("config.rl.steps", config.rl.steps, 0),
     ("config.warm_start.steps", config.warm_start.steps, 0),
+    ("config.data.max_prompt_tokens", config.data.max_prompt_tokens, 0),
   ):
     if value < least:
       raise ValueError(f"{what} is {value}; want {least} or more.")
+  if (config.rl.oversampling or config.rl.carry_over) and not config.sampling.rows:
+    raise ValueError(
+      "config.rl.oversampling and carry_over need continuous batching; set config.sampling.rows, for example to half "
+      f"of the {config.rl.prompts * config.rl.samples_per_prompt} completions of a step."
+    )
+  if config.rl.oversampling >= config.rl.prompts:
+    raise ValueError(
+      f"config.rl.oversampling is {config.rl.oversampling}; want less than config.rl.prompts ({config.rl.prompts}), so "
+      "that what is carried over can be trained on in the next step."
+    )
   if config.rl.prompts % (config.rl.minibatches * config.rl.microbatches):
     raise ValueError(
       f"config.rl.prompts is {config.rl.prompts}, which does not divide into {config.rl.minibatches} minibatches of "
@@ -83,7 +102,62 @@ def read_config(given: ml_collections.ConfigDict) -> ExperimentConfig:
   ):
     if value not in known:
       raise ValueError(f"{what} is {value!r}; want one of {', '.join(filter(None, known))}.")
+  _check_evaluation(config.evaluation)
+  _check_engine(config)
   return config
+
+
+def _check_engine(config: ExperimentConfig) -> None:
+  sampling = config.sampling
+  if not sampling.engine:
+    return
+  if sampling.engine_kind not in ("sglang", "vllm"):
+    raise ValueError(f"config.sampling.engine_kind is {sampling.engine_kind!r}; want one of sglang, vllm.")
+  if not sampling.engine_folder:
+    raise ValueError(
+      f"config.sampling.engine is {sampling.engine!r}, but engine_folder is ''; name a folder that the engine sees "
+      "too: the weights it draws with are written there before every step."
+    )
+  if sampling.rows:
+    raise ValueError(
+      f"config.sampling.engine is {sampling.engine!r} and rows is {sampling.rows}: rows are our own sampler's. Set one."
+    )
+  plain = (sampling.temperature, sampling.top_k, sampling.top_p) == (1.0, 0, 1.0)
+  if config.mismatch.correction != "none" and not plain:
+    raise ValueError(
+      f"config.mismatch.correction is {config.mismatch.correction!r}, which compares log-probabilities at temperature "
+      "1; of an outside engine they are known only with config.sampling.temperature=1, top_k=0 and top_p=1."
+    )
+
+
+def _check_evaluation(evaluation: EvaluationConfig) -> None:
+  if not 0.0 < evaluation.level < 1.0 or evaluation.resamples < 1:
+    raise ValueError(
+      f"config.evaluation.level is {evaluation.level} and resamples {evaluation.resamples}; want a level in (0, 1), "
+      "such as 0.95, and 1 or more."
+    )
+  settings = {"config.evaluation": evaluation}
+  for name, benchmark in evaluation.benchmarks.items():
+    where = f"config.evaluation.benchmarks.{name}"
+    if not re.fullmatch(r"[\w-]+", name):
+      raise ValueError(f"{where}: a benchmark's name is part of file names; want letters, digits, _ and -.")
+    _check_known(f"{where}.data.name", benchmark.data.name, DATASETS)
+    check_reward(benchmark.reward.name, benchmark.reward.options, f"{where}.reward")
+    settings[where] = evaluation.of(benchmark)
+  for where, found in settings.items():
+    for key, least in (("samples", 1), ("batch_problems", 1), ("problems", 0)):
+      if getattr(found, key) < least:
+        raise ValueError(f"{where}.{key} is {getattr(found, key)}; want {least} or more.")
+    if found.k and not 1 <= min(found.k) <= max(found.k) <= found.samples:
+      raise ValueError(
+        f"{where}.k is {found.k} with {found.samples} samples a problem; want 1 to {found.samples}: draw more samples, "
+        "or ask for smaller k."
+      )
+
+
+def _check_known(what: str, name: str, known: Mapping[str, Any]) -> None:
+  if name not in known:
+    raise ValueError(f"{what} is {name!r}; want one of {', '.join(sorted(known))}.")
 
 
 def read_model_config(given: Mapping[str, Any]) -> TransformerConfig:
@@ -91,23 +165,31 @@ def read_model_config(given: Mapping[str, Any]) -> TransformerConfig:
   return _build(TransformerConfig, given, "model")
 
 
-def check_divides(config: ExperimentConfig, shards: int) -> None:
+def check_divides(config: ExperimentConfig, shards: int, *, training: bool = True) -> None:
   """Every batch of the run must split evenly over the mesh; told before anything compiles.
 
   Args:
     shards: pieces the mesh cuts a batch into, `Layout.batch_shards`.
+    training: whether the batches of training count.
   Raises:
     ValueError: names the first key that does not divide.
   """
   rl = config.rl
   rows = rl.prompts * rl.samples_per_prompt // (rl.minibatches * rl.microbatches)
   noise_rows = rl.prompts * rl.samples_per_prompt // rl.minibatches if config.diagnostics.every else 0
-  for what, count in (
+  of_training = (
     ("config.rl.prompts (prompts are prefilled over the mesh)", rl.prompts),
     ("config.rl.prompts * samples_per_prompt / (minibatches * microbatches)", rows),
     ("the rows of a minibatch in each of config.diagnostics.pieces", noise_rows // config.diagnostics.pieces),
     ("config.warm_start.batch_size", config.warm_start.batch_size if config.warm_start.steps else 0),
+  )
+  for what, count in (
+    *(of_training if training else ()),
     ("config.evaluation.batch_problems", config.evaluation.batch_problems),
+    *(
+      (f"config.evaluation.benchmarks.{name}.batch_problems", config.evaluation.of(benchmark).batch_problems)
+      for name, benchmark in config.evaluation.benchmarks.items()
+    ),
   ):
     if count % shards:
       raise ValueError(
@@ -149,7 +231,11 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
   if origin is tuple and isinstance(value, (list, tuple)):
     return tuple(_convert(typing.get_args(kind)[0], item, where) for item in value)
   if origin is Mapping and isinstance(value, Mapping):
-    return dict(value)
+    of_items = typing.get_args(kind)[1]
+    return {
+      key: _convert(of_items, item, f"{where}.{key}") if dataclasses.is_dataclass(of_items) else item
+      for key, item in value.items()
+    }
   if not isinstance(origin, type) or not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
     name = getattr(kind, "__name__", str(kind))
     raise ValueError(f"{where} is {value!r} ({type(value).__name__}); want {name}.")

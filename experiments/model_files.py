@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from experiments import run_state
 from experiments.config_io import read_config, read_model_config
 from experiments.wiring import INIT, Parts, make_optimizer, never_trained, rl_optimizer
 from models import lora, pretrained
@@ -68,12 +69,14 @@ def load_model(
   layout: Layout | None = None,
   *,
   dtype: str = "float32",
+  step: int | None = None,
   progress: Callable[[int], None] = lambda done: None,
 ) -> Model:
   """Configuration and parameters, placed on the mesh (None: the default device).
 
   Args:
     dtype: of the parameters, from a Hugging Face folder; elsewhere they are of the type they were saved in.
+    step: of a run's checkpoints, as `find_step` gives; None is the newest that can be read.
     progress: told the bytes of every array in place (Hugging Face folders; of all at once elsewhere).
   Raises:
     ValueError: names the file at fault and the cure.
@@ -85,8 +88,9 @@ def load_model(
   config = read_model(folder)
   with Checkpoints(folder, read_only=True) as checkpoints:
     if kind == "run":
-      restored = checkpoints.restore(_states_of_run(folder, layout))
-      params = None if restored is None else restored.state.params
+      states = _states_of_run(folder, layout)
+      restored = checkpoints.restore(states) if step is None else checkpoints.restore_step(step, states)
+      params = None if restored is None else run_state.unbundle(restored.state, restored.meta)[0].params
     else:
       restored = checkpoints.restore(_converted_params(config, layout))
       params = None if restored is None else restored.state
@@ -94,6 +98,31 @@ def load_model(
     raise ValueError(f"{folder} holds no complete checkpoint.")
   progress(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
   return Model(config, params)
+
+
+def find_step(folder: str | Path, wanted: str) -> int | None:
+  """The step of a run's checkpoint that is wanted; None for a folder that is no run.
+
+  Args:
+    wanted: "newest", "best" (by held-out success) or a number.
+  Raises:
+    ValueError: there is no such checkpoint; says which there are.
+  """
+  if kind_of(folder) != "run":
+    if wanted != "newest":
+      raise ValueError(f"--step is {wanted}, but {folder} is no run and has no steps; leave --step out.")
+    return None
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    there, best, newest = checkpoints.steps(), checkpoints.best_step(), checkpoints.latest_step()
+  found = {"best": best, "newest": newest}[wanted] if wanted in ("best", "newest") else None
+  if wanted.isdecimal() and int(wanted) in there:
+    found = int(wanted)
+  if found is None:
+    raise ValueError(
+      f"--step is {wanted}, and {folder} has no such checkpoint; want newest, best (there is "
+      f"{'one' if best is not None else 'none: no checkpoint was evaluated'}) or one of {', '.join(map(str, there))}."
+    )
+  return found
 
 
 def initial_state(parts: Parts, optimizer: optax.GradientTransformation) -> TrainState:
@@ -161,4 +190,8 @@ def _states_of_run(folder: str | Path, layout: Layout) -> Callable[[dict[str, An
     ),
     "rl": rl_optimizer(config),
   }
-  return lambda meta: mesh.abstract_state(policy, optimizers[meta["phase"]][0], layout)
+
+  def abstract(meta: dict[str, Any]) -> Any:
+    return run_state.abstract(mesh.abstract_state(policy, optimizers[meta["phase"]][0], layout), meta, layout)
+
+  return abstract

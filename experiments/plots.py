@@ -43,7 +43,7 @@ PANELS = (
     "success", "Success", "share of completions",
     (
       Curve("reward/success", "training problems", BLUE),
-      Curve("eval/success", "held-out, T=1", ORANGE, marker="o"),
+      Curve("eval/success", "held-out, sampled", ORANGE, marker="o"),
       Curve("eval/greedy_success", "held-out, greedy", GREEN, marker="D"),
     ),
     "Completions that solve their problem. The held-out problems are never trained on.", bounds=(0, 1),

@@ -9,8 +9,9 @@ import base64
 import json
 import math
 import platform
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments import plots
-from experiments.config import ExperimentConfig
+from experiments.config import EvaluationConfig, ExperimentConfig
 from experiments.config_io import read_config
 from experiments.progress import Progress
 from models.policy import build_policy
@@ -35,31 +36,32 @@ _SHOWN_PROBLEMS = 12
 _SHOWN_CHARACTERS = 600  # of one prompt or answer
 _MEASURES = (
   # key, its metric, how it is called
-  ("success", "eval/success", "success at T=1"),
+  ("success", "eval/success", "success"),
   ("greedy_success", "eval/greedy_success", "greedy success"),
   ("format", "eval/format", "answers in the asked form"),
 )
 
 
-def write_answers(path: Path, examples: Sequence[Example], completions: Completions) -> None:
+def write_answers(path: Path, benchmarks: Iterable[tuple[Sequence[Example], Completions]]) -> None:
   """Writes one JSON line per evaluated problem: prompt, answers, success, reward (k of each). Process 0 only.
 
   Args:
-    examples: the evaluated problems come first; those beyond them are ignored.
+    benchmarks: problems and their completions. The evaluated problems come first; those beyond them are ignored.
   """
   if jax.process_index() != 0:
     return
-  k, scores = completions.samples, completions.scores
   lines = []
-  for number, example in enumerate(examples[: len(completions.texts) // k]):
-    rows = slice(number * k, (number + 1) * k)
-    line = {
-      "prompt": example.prompt,
-      "answers": list(completions.texts[rows]),
-      "success": scores.success[rows].tolist(),
-      "reward": [round(reward, 6) for reward in scores.reward[rows].tolist()],
-    }
-    lines.append(json.dumps(line, allow_nan=False) + "\n")
+  for examples, completions in benchmarks:
+    k, scores = completions.samples, completions.scores
+    for number, example in enumerate(examples[: len(completions.texts) // k]):
+      rows = slice(number * k, (number + 1) * k)
+      line = {
+        "prompt": example.prompt,
+        "answers": list(completions.texts[rows]),
+        "success": scores.success[rows].tolist(),
+        "reward": [round(reward, 6) for reward in scores.reward[rows].tolist()],
+      }
+      lines.append(json.dumps(line, allow_nan=False) + "\n")
   write_text_atomic(Path(path), "".join(lines))
 
 
@@ -92,7 +94,8 @@ def summarize(
     "gain": _gain(before, after),
     "held_out": {
       "distinct_problems": len(prompts) or wanted,
-      "samples_per_problem": config.evaluation.samples,
+      "samples_per_problem": _samples(config.evaluation),
+      "temperature": _temperature(config),
       "in_data_set": held_out_problems,
     },
     "warm_start": {
@@ -144,6 +147,7 @@ def write_report(workdir: Path, summary: Mapping[str, Any]) -> None:
   )  # fmt: skip
   html = environment.get_template("report.html.jinja").render(
     summary=summary,
+    temperature=summary["held_out"].get("temperature", 1.0),
     table=_before_after(summary),
     warm_start_note=_warm_start_note(summary["warm_start"]),
     panels=[(panel, base64.b64encode(drawn[panel.name]).decode()) for panel in plots.PANELS if panel.name in drawn],
@@ -169,6 +173,20 @@ def _finite(value: Any) -> float | None:
   return value if value is not None and math.isfinite(value) else None
 
 
+def _samples(evaluation: EvaluationConfig) -> int | str:
+  """How many completions a problem gets; "8-64" where benchmarks differ."""
+  found = {evaluation.of(benchmark).samples for benchmark in evaluation.benchmarks.values()} or {evaluation.samples}
+  return min(found) if len(found) == 1 else f"{min(found)}-{max(found)}"
+
+
+def _temperature(config: ExperimentConfig) -> float | None:
+  """Of the sampled completions; None where benchmarks differ."""
+  evaluation = config.evaluation
+  settings = [evaluation.of(benchmark) for benchmark in evaluation.benchmarks.values()] or [evaluation]
+  found = {config.sampling.temperature if s.temperature is None else s.temperature for s in settings}
+  return found.pop() if len(found) == 1 else None
+
+
 def _gain(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> float | None:
   known = before and after and before["success"] is not None and after["success"] is not None
   return after["success"] - before["success"] if known else None
@@ -182,7 +200,8 @@ def _evaluation(row: Mapping[str, Any] | None, answers: Sequence[Mapping[str, An
   per_problem = [float(np.mean(answer["success"])) for answer in answers]
   matches = per_problem and found["success"] is not None and abs(np.mean(per_problem) - found["success"]) < 1e-6
   error = float(np.std(per_problem, ddof=1)) / math.sqrt(len(per_problem)) if matches and len(per_problem) > 1 else None
-  return found | {"success_standard_error": error}
+  benchmarks = {name[1]: _finite(row[key]) for key in row if (name := re.fullmatch("eval/(.+)/avg", key))}
+  return found | {"success_standard_error": error} | ({"benchmarks": benchmarks} if benchmarks else {})
 
 
 def _objective_name(config: ExperimentConfig) -> str:
@@ -200,19 +219,17 @@ def _parameter_count(config: ExperimentConfig) -> int:
 def _before_after(summary: Mapping[str, Any]) -> list[dict[str, str]]:
   """Rows of the before/after table: name, before, after, change, as text."""
   before, after = summary["before"] or {}, summary["after"] or {}
+  temperature = summary["held_out"].get("temperature", 1.0)
 
-  def text(value, form):
-    return "-" if value is None else format(value, form)
+  def row(name, old, new):
+    old_text, new_text = ("-" if value is None else f"{value:.3f}" for value in (old, new))
+    return {"name": name, "before": old_text, "after": new_text, "change": _change(old, new)}
 
-  return [
-    {
-      "name": name,
-      "before": text(before.get(key), ".3f"),
-      "after": text(after.get(key), ".3f"),
-      "change": _change(before.get(key), after.get(key)),
-    }
-    for key, _, name in _MEASURES
-  ]
+  rows = [row(name, before.get(key), after.get(key)) for key, _, name in _MEASURES]
+  if temperature is not None:
+    rows[0]["name"] += f" at T={temperature:g}"
+  old, new = (side.get("benchmarks", {}) for side in (before, after))
+  return rows + [row(f"success on {name}", old.get(name), new.get(name)) for name in {**old, **new}]
 
 
 def _change(before: float | None, after: float | None) -> str:

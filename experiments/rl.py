@@ -11,13 +11,11 @@ import numpy as np
 import optax
 from absl import logging
 
-from experiments.config import ExperimentConfig
-from experiments.wiring import SAMPLING, Parts, recipe, rl_optimizer, update_options
+from experiments.rollouts import Rollouts
+from experiments.wiring import Parts, recipe, rl_optimizer, update_options
 from rspo_jax import advantages, diagnostics, mesh, penalties
-from rspo_jax.data import batches
 from rspo_jax.minibatches import split_rows
 from rspo_jax.probing import make_gradient_noise, make_replay_probe
-from rspo_jax.rewards import score_completions
 from rspo_jax.scoring import score
 from rspo_jax.train_step import jit_step, make_train_step
 from rspo_jax.types import Params, Rollout, TrainBatch, TrainState
@@ -28,16 +26,7 @@ class RL(NamedTuple):
 
   optimizer: optax.GradientTransformation
   step: Callable
-
-
-class Sampled(NamedTuple):
-  """The rows a step trains on, and what was seen of all rows sampled for it."""
-
-  rollout: Rollout
-  reward: np.ndarray  # [B] float32
-  metrics: dict[str, float]
-  tokens: int  # completion tokens sampled
-  seconds: tuple[float, float]  # sampling, rewarding
+  rollouts: Rollouts
 
 
 def build_rl(parts: Parts) -> RL:
@@ -49,6 +38,12 @@ def build_rl(parts: Parts) -> RL:
       "negative sequence; --config.router.placement=weight does not (docs/algorithms.md).",
       config.objective.name,
     )
+  if rl.carry_over and config.mismatch.correction == "none":
+    logging.warning(
+      "config.rl.carry_over is %d: tokens that older policies drew count as drawn by the present one; "
+      "--config.mismatch.correction=tis weighs them (docs/algorithms.md).",
+      rl.carry_over,
+    )
   optimizer, schedule = rl_optimizer(config)
   options = update_options(config)
   update = jit_step(
@@ -58,7 +53,7 @@ def build_rl(parts: Parts) -> RL:
   )
   by_rows = parts.layout.sharding("batch")
   combine = jax.jit(diagnostics.over_updates)
-  sample_groups = _group_sampler(parts)
+  rollouts = Rollouts(parts)
   needs_trace = router.shift or router.replay != "none" or config.diagnostics.every
   kl_in_reward = config.objective.kl_coefficient if config.objective.kl_in == "reward" else 0.0
 
@@ -119,13 +114,16 @@ def build_rl(parts: Parts) -> RL:
 
   def step(state: TrainState, number: int, reference: Params | None = None) -> tuple[TrainState, dict]:
     start = time.perf_counter()
-    sampled = sample_groups(state.params, number)
+    sampled = rollouts(state.params, number)
     times = [time.perf_counter()]
-    dealt = deal(sampled.rollout)
+    rollout = sampled.rollout
+    if rl.mask_truncated:
+      rollout = rollout.replace(action_mask=rollout.action_mask & rollout.finished[:, None])
+    dealt = deal(rollout)
     scores = [score_minibatch(state.params, part) for part in dealt]
     references = [None if reference is None else score_reference(reference, part) for part in dealt]
     penalty = kl_penalty([scored.log_prob for scored in scores], references) if kl_in_reward else None
-    advantage = advantages_of(mesh.put_batch(sampled.reward, parts.layout), sampled.rollout.action_mask, penalty)
+    advantage = advantages_of(mesh.put_batch(sampled.reward, parts.layout), rollout.action_mask, penalty)
     minibatches = [
       TrainBatch(
         part.tokens,
@@ -151,7 +149,7 @@ def build_rl(parts: Parts) -> RL:
       closer = noise(state, minibatches[-1]) | replay_probe(state.params, minibatches[-1])
       metrics |= jax.device_get(closer) | {"seconds/diagnostics": time.perf_counter() - times[-1]}
     scoring, training = np.diff(times)
-    tokens = mesh.fetch(sampled.rollout.valid).sum()
+    tokens = mesh.fetch(rollout.valid).sum()
     done = number * len(updates) + len(updates) - 1
     sampling, rewarding = sampled.seconds
     return state, metrics | sampled.metrics | {
@@ -166,74 +164,4 @@ def build_rl(parts: Parts) -> RL:
       "seconds/step": time.perf_counter() - start,
     }
 
-  return RL(optimizer, step)
-
-
-def _group_sampler(parts: Parts) -> Callable[[Params, int], Sampled]:
-  """(params, number of the step) -> `Sampled`.
-
-  Under dynamic sampling further batches of prompts are sampled, and groups in which all rewards are equal (before the
-  overlong penalty, which says nothing of the answer) give way to groups in which they differ, until none is left or the
-  rounds are used up. Prompts and random keys are numbered by
-  (step, round), so a continued run draws the same.
-  """
-  config: ExperimentConfig = parts.config
-  rl, rounds = config.rl, config.rl.dynamic_sampling_rounds
-  options = parts.sampling_options(rl.samples_per_prompt, record_experts=config.router.replay == "sampler")
-  examples_of = batches(parts.splits["train"], rl.prompts, config.seed)
-
-  @functools.partial(jax.jit, out_shardings=parts.layout.sharding("batch"))
-  def take(kept, new, row):
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[row], kept, new)
-
-  def sample_groups(params: Params, number: int) -> Sampled:
-    seconds = np.zeros(2)
-    seen, kept = [], None
-    for turn in range(rounds):
-      start = time.perf_counter()
-      at = number * rounds + turn
-      examples = examples_of.at(at)
-      rollout, texts, lengths = parts.generate(params, options, parts.key(SAMPLING, at), examples)
-      sampled = time.perf_counter()
-      repeated = [example for example in examples for _ in range(rl.samples_per_prompt)]
-      scores = score_completions(parts.reward, texts, repeated)
-      reward, overlong = scores.reward, np.zeros_like(scores.reward)
-      if rl.overlong_buffer:
-        limits = {"max_length": options.max_new_tokens, "buffer": rl.overlong_buffer, "penalty": rl.overlong_penalty}
-        overlong = np.asarray(penalties.overlong_penalty(lengths, **limits))
-        reward = reward + overlong
-      seconds += (sampled - start, time.perf_counter() - sampled)
-      seen.append((reward, scores.success, scores.format, lengths, ~mesh.fetch(rollout.finished), overlong))
-      groups = scores.reward.reshape(rl.prompts, -1)
-      useful = groups.max(axis=1) > groups.min(axis=1)
-      if kept is None:
-        kept, kept_reward, kept_useful = rollout, reward, useful
-      else:
-        out, into = np.flatnonzero(~kept_useful), np.flatnonzero(useful)
-        count = min(len(out), len(into))
-        group = np.arange(rl.prompts)
-        group[out[:count]] = rl.prompts + into[:count]
-        row = (group[:, None] * rl.samples_per_prompt + np.arange(rl.samples_per_prompt)).reshape(-1)
-        kept, kept_reward = take(kept, rollout, row), np.concatenate([kept_reward, reward])[row]
-        kept_useful[out[:count]] = True
-      if kept_useful.all():
-        break
-    reward, success, form, lengths, truncated, overlong = (np.concatenate(column) for column in zip(*seen, strict=True))
-    groups = reward.reshape(-1, rl.samples_per_prompt)
-    metrics = {
-      "reward/mean": reward.mean(),
-      "reward/std": reward.std(),
-      "reward/success": success.mean(),
-      "reward/format": form.mean(),
-      "groups/zero_variance": (groups.max(axis=1) == groups.min(axis=1)).mean(),
-      "length/mean": lengths.mean(),
-      "length/max": lengths.max(),
-      "length/truncated": truncated.mean(),
-    }
-    if rounds > 1:
-      metrics["groups/sampled"] = len(seen)
-    if rl.overlong_buffer:
-      metrics["reward/overlong"] = overlong.mean()
-    return Sampled(kept, kept_reward, metrics, int(lengths.sum()), tuple(seconds))
-
-  return sample_groups
+  return RL(optimizer, step, rollouts)

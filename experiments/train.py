@@ -7,7 +7,6 @@ The same command continues a run that was stopped, from its newest checkpoint an
 
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,26 +14,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
-from experiments import report, runtime
+from experiments import evaluation, report, run_state, runtime
+from experiments.command_line import run_app
 from experiments.config import ExperimentConfig
 from experiments.config_io import read_config
 from experiments.model_files import initial_state
 from experiments.progress import Progress
 from experiments.rl import build_rl
+from experiments.rollouts import Rollouts
 from experiments.warm_start import build_warm_start
-from experiments.wiring import EVALUATION, Parts, build
-from rspo_jax import mesh
+from experiments.wiring import Parts, build
+from rspo_jax import judging, mesh
 from rspo_jax.checkpoint import Checkpoints
-from rspo_jax.evaluation import Completions, complete
+from rspo_jax.evaluation import Completions
 from rspo_jax.metrics import MetricsWriter
 from rspo_jax.types import Params, TrainState
 from rspo_jax.workdir import claim_workdir, dump_json_atomic
 
 # What may change between starts of one run: where and how often it writes, not what it computes.
-FREE_KEYS = ("checkpoint", "runtime.compilation_cache", "data.data_dir")
+FREE_KEYS = (
+  "checkpoint",
+  "runtime.compilation_cache",
+  "data.data_dir",
+  *(f"sampling.engine{which}" for which in ("", "_folder", "_timeout")),
+)
 
 
 class Stopped(Exception):
@@ -48,9 +53,10 @@ class Run:
     state: the train state. seconds: wall time spent per phase, over all starts of the run.
   """
 
-  def __init__(self, parts: Parts, workdir: Path, progress: Progress):
-    self.parts, self.workdir, self.progress = parts, workdir, progress
+  def __init__(self, parts: Parts, rollouts: Rollouts, workdir: Path, progress: Progress):
+    self.parts, self.rollouts, self.workdir, self.progress = parts, rollouts, workdir, progress
     self.config = parts.config
+    self.benchmarks = evaluation.make_benchmarks(parts)
     self.writer = MetricsWriter(workdir)
     self.checkpoints = Checkpoints(workdir, keep=self.config.checkpoint.keep)
     self.preemption = runtime.Preemption()
@@ -60,7 +66,8 @@ class Run:
   def save(self, phase: str, step: int, metrics: Mapping[str, float] | None = None) -> None:
     done = step + (self.config.warm_start.steps if phase == "rl" else 0)
     meta = {"phase": phase, "step": step, "data_position": step, "seed": self.config.seed, "seconds": self.seconds}
-    self.checkpoints.save(done, self.state, meta, metrics)
+    tree, size = run_state.bundle(self.state, self.rollouts.state(), self.parts.layout)
+    self.checkpoints.save(done, tree, meta | size, metrics)
 
   def restore(self, abstract_states: Mapping[str, TrainState]) -> tuple[str, int]:
     """The phase and the steps done of it; ('', 0) for a fresh run. Forgets metrics written after the checkpoint.
@@ -68,12 +75,16 @@ class Run:
     Args:
       abstract_states: per phase; what its optimizer keeps differs where RL freezes parameters.
     """
-    restored = self.checkpoints.restore(lambda meta: abstract_states[meta["phase"]])
+    restored = self.checkpoints.restore(
+      lambda meta: run_state.abstract(abstract_states[meta["phase"]], meta, self.parts.layout)
+    )
     if restored is None:
       self.writer.truncate("", 0)
       return "", 0
     phase, step = restored.meta["phase"], restored.meta["step"]
-    self.state, self.seconds = restored.state, dict(restored.meta["seconds"])
+    self.state, carried = run_state.unbundle(restored.state, restored.meta)
+    self.rollouts.restore(carried)
+    self.seconds = dict(restored.meta["seconds"])
     self.writer.truncate(phase, step)
     self.progress.print(f"continuing {self.workdir} after step {step} of {phase}")
     return phase, step
@@ -117,32 +128,25 @@ class Run:
       if stop and finished < total:
         raise Stopped
 
-  def evaluate(self) -> tuple[dict[str, float], Completions]:
-    """Held-out metrics, and the completions at temperature 1."""
+  def evaluate(self) -> tuple[dict[str, float], list[Completions]]:
+    """Held-out metrics, and the sampled completions of every benchmark."""
     start = time.perf_counter()
-    parts, wanted = self.parts, self.config.evaluation
-    examples = parts.splits["test"].examples[: wanted.problems or None]
-
-    def completions(samples: int, temperature: float) -> Completions:
-      options = parts.sampling_options(samples, temperature=temperature, top_k=0, top_p=1.0)
-
-      def generate(batch, first):
-        return parts.generate(self.state.params, options, parts.key(EVALUATION), batch, first)[1:]
-
-      return complete(generate, parts.reward, examples, samples=samples, batch_problems=wanted.batch_problems)
-
-    sampled, greedy = completions(wanted.samples, 1.0), completions(1, 0.0)
-    metrics = {
-      "eval/success": sampled.success,
-      "eval/greedy_success": greedy.success,
-      "eval/format": float(sampled.scores.format.mean()),
-    }
+    found = evaluation.evaluate(self.parts, self.state.params, self.benchmarks)
     self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + time.perf_counter() - start
-    return metrics, sampled
+    return found
+
+  def write_evaluation(self, step: int, which: str) -> None:
+    """Evaluates before or after RL, writes the metrics and the answers, and saves."""
+    metrics, completions = self.evaluate()
+    self.writer.write("rl", step, metrics)
+    answered = zip((benchmark.examples for benchmark in self.benchmarks), completions, strict=True)
+    report.write_answers(self.workdir / f"answers_{which}.jsonl", answered)
+    self.save("rl", step, metrics)
 
   def close(self) -> None:
     self.writer.close()
     self.checkpoints.close()
+    judging.close(self.parts.reward)
 
 
 def peak_memory() -> dict[str, int]:
@@ -156,7 +160,9 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
   claim_workdir(workdir, dataclasses.asdict(config), FREE_KEYS)
   parts = build(config)
   warm_start, rl = build_warm_start(parts), build_rl(parts)
-  run = Run(parts, workdir, progress)
+  run = Run(parts, rl.rollouts, workdir, progress)
+  for program in rl.rollouts.programs:
+    progress.print(f"continuous batching compiles: {program}")
   try:
     phase, done = run.restore(
       {
@@ -171,31 +177,23 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
       run.phase("warm_start", warm_start.step, done, config.warm_start.steps)
       # RL begins with a fresh optimizer.
       run.state = mesh.restart_optimizer(run.state, parts.policy, rl.optimizer, parts.layout)
-      before, completions = run.evaluate()
-      run.writer.write("rl", 0, before)
-      report.write_answers(workdir / "answers_before.jsonl", parts.splits["test"].examples, completions)
-      run.save("rl", 0, before)
+      run.write_evaluation(0, "before")
       done = 0
     rl_step = functools.partial(rl.step, reference=run.reference(done))
     run.phase("rl", rl_step, done, config.rl.steps, config.evaluation.every)
     if done < config.rl.steps:
-      after, completions = run.evaluate()
-      run.writer.write("rl", config.rl.steps, after)
-      report.write_answers(workdir / "answers_after.jsonl", parts.splits["test"].examples, completions)
-      run.save("rl", config.rl.steps, after)
+      run.write_evaluation(config.rl.steps, "after")
     run.checkpoints.wait()
   finally:
     run.close()
-  summary = report.summarize(workdir, config, run.seconds, len(parts.splits["test"].examples))
+  summary = report.summarize(workdir, config, run.seconds, sum(benchmark.available for benchmark in run.benchmarks))
   if jax.process_index() == 0:
     dump_json_atomic(workdir / "summary.json", summary)
   report.write_report(workdir, summary)
   return summary
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are given as --config.group.name=value")
+def main() -> None:
   workdir = Path(flags.FLAGS.workdir)
   try:
     config = read_config(flags.FLAGS.config)
@@ -205,36 +203,7 @@ def main(argv):
       report.print_summary(progress, summary, workdir)
   except Stopped:
     print(f"stopped as asked; the same command continues {workdir}")
-  except ValueError as error:
-    # A user's mistake: the message says what to do, the trace would hide it (--verbosity=1 shows it).
-    logging.debug("", exc_info=True)
-    sys.exit(f"error: {error}")
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser, with ml_collections' bare exceptions turned into one line that names the flag."""
-  try:
-    rest = flags.FLAGS(argv)
-    _ = flags.FLAGS.config  # a file that cannot be loaded raises here
-    return rest
-  except flags.Error as error:
-    # A config file that raises arrives as its whole traceback; the last line says what is wrong.
-    sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()} (--help lists the flags)")
-  except (AttributeError, KeyError, TypeError, OSError) as error:
-    given = [arg for arg in argv if arg.startswith(("--config", "-config"))]
-    reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split()).strip("\"'")
-    sys.exit(f"error: no such setting or file in {' '.join(given)} ({reason})")
-
-
-def run_app() -> None:
-  config_flags.DEFINE_config_file("config", None, "Config file; its fields are flags: --config.rl.steps=10.")
-  flags.DEFINE_string(
-    "workdir", None, "Folder for checkpoints, metrics and the report. The same folder continues a run."
-  )
-  flags.mark_flags_as_required(["config", "workdir"])
-  logging.set_verbosity(logging.WARNING)
-  app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":
-  run_app()
+  run_app(main, "Folder for checkpoints, metrics and the report. The same folder continues a run.")

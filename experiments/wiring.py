@@ -11,18 +11,19 @@ import optax
 
 from experiments.config import ExperimentConfig, OptimizerConfig
 from experiments.config_io import check_divides
+from experiments.problems import make_tokenizer, need_splits, read_data
+from experiments.publishing import outside_engine
 from models.config import TransformerConfig
 from models.lora import BASE
 from models.policy import build_policy
-from rspo_jax import countdown, mesh, objectives, parameters
+from rspo_jax import mesh, objectives, parameters
 from rspo_jax.continuous import ContinuousSampler
-from rspo_jax.data import DATASETS, Example, Split
-from rspo_jax.hf_tokenizer import load_tokenizer
+from rspo_jax.data import Example, Split
 from rspo_jax.mismatch import MismatchOptions
 from rspo_jax.rewards import Reward, make_reward
 from rspo_jax.router_shift import ShiftOptions, linear_floor
 from rspo_jax.sampling import SamplingOptions, sample
-from rspo_jax.tokenizer import CharTokenizer, Tokenizer, pad_left
+from rspo_jax.tokenizer import Tokenizer, pad_left
 from rspo_jax.train_step import UpdateOptions, skip_nonfinite
 from rspo_jax.types import Array, Layout, Params, Policy, Rollout
 
@@ -37,71 +38,100 @@ class Parts(NamedTuple):
   """What a run is made of.
 
   Attributes:
+    splits, reward: None where only benchmarks are evaluated.
     prompt_length: Tp, the longest prompt of all splits, tokens.
-    sampler: SamplingOptions -> (params, tokens [P, Tp], valid, key, first_row) -> Rollout, compiled once per options.
+    sampler: (SamplingOptions, Tp) -> (params, tokens [P, Tp], valid, key, first_row) -> Rollout, compiled once.
   """
 
   config: ExperimentConfig
   layout: Layout
   policy: Policy
   tokenizer: Tokenizer
-  splits: dict[str, Split]
-  reward: Reward
+  splits: dict[str, Split] | None
+  reward: Reward | None
   prompt_length: int
-  sampler: Callable[[SamplingOptions], Callable[..., Rollout]]
+  sampler: Callable[[SamplingOptions, int], Callable[..., Rollout]]
 
-  def encode_prompts(self, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
-    """tokens [P, Tp] int32 and valid [P, Tp] bool."""
-    return pad_left([self.tokenizer.encode(example.prompt) for example in examples], self.prompt_length)
+  def encode_prompts(self, examples: Sequence[Example], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """tokens [P, Tp] int32 and valid [P, Tp] bool; Tp is `length`, by default `prompt_length`."""
+    return pad_left([self.tokenizer.encode(example.prompt) for example in examples], length or self.prompt_length)
 
   def key(self, stream: int, step: int = 0) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), stream), step)
 
   def sampling_options(self, samples: int, **changed) -> SamplingOptions:
     s = self.config.sampling
-    settings = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p} | changed
-    return SamplingOptions(s.max_new_tokens, samples, stop_ids=self.tokenizer.stop_ids, **settings)
+    settings = {name: getattr(s, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")} | changed
+    return SamplingOptions(samples_per_prompt=samples, stop_ids=self.tokenizer.stop_ids, **settings)
 
-  def generate(self, params: Params, options: SamplingOptions, key: Array, examples: Sequence[Example], first: int = 0):
-    """(Rollout, texts, lengths [B] in tokens) of examples whose first one has number `first`."""
+  def generate(
+    self,
+    params: Params,
+    options: SamplingOptions,
+    key: Array,
+    examples: Sequence[Example],
+    first: int = 0,
+    length: int | None = None,
+  ):
+    """(Rollout, texts, lengths [B] in tokens) of examples whose first one has number `first`.
+
+    length: of the prompts, Tp; by default `prompt_length`.
+    """
+    length = length or self.prompt_length
     first_row = first * options.samples_per_prompt
-    rollout = self.sampler(options)(params, *self.encode_prompts(examples), key, first_row=first_row)
+    rollout = self.sampler(options, length)(params, *self.encode_prompts(examples, length), key, first_row=first_row)
     drawn, mask = mesh.fetch((rollout.tokens, rollout.action_mask))
     texts = [self.tokenizer.decode(row[chosen].tolist()) for row, chosen in zip(drawn, mask, strict=True)]
     return rollout, texts, mask.sum(axis=1)
 
 
-def build(config: ExperimentConfig) -> Parts:
+def build(config: ExperimentConfig, *, training: bool = True) -> Parts:
   """Reads the data and checks every size; compiles nothing.
 
+  Args:
+    training: False where only `config.evaluation` counts: without batches of RL, and with benchmarks without
+      `config.data` and `config.reward`.
   Raises:
     ValueError: data, mesh, batch sizes or vocabulary do not fit; names the key and the cure.
   """
   layout = mesh.make_layout(config.runtime.mesh)
-  check_divides(config, layout.batch_shards)
-  tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else CharTokenizer(countdown.ALPHABET)
+  check_divides(config, layout.batch_shards, training=training)
+  tokenizer = make_tokenizer(config.tokenizer, config.data.name)
   if tokenizer.vocab_size > config.model.vocab_size:
     raise ValueError(
       f"config.model.vocab_size is {config.model.vocab_size} but the tokenizer has {tokenizer.vocab_size} tokens; "
       "raise it to at least that."
     )
-  splits = DATASETS[config.data.name](config.data.data_dir or None, **config.data.options)
-  prompt_length = max(len(tokenizer.encode(e.prompt)) for split in splits.values() for e in split.examples)
+  splits, reward, prompt_length = None, None, 0
+  if training or not config.evaluation.benchmarks:
+    splits = read_data(config.data, tokenizer)
+    need_splits(splits, *(["train"] if training else []), *([] if config.evaluation.benchmarks else ["test"]))
+    prompt_length = max(longest_prompt(split.examples, tokenizer) for split in splits.values())
+    reward = make_reward(config.reward.name, **config.reward.options)
   policy = build_policy(config.model, layout)
   mesh.param_shardings(policy, layout)
 
+  engine = outside_engine(config, policy) if config.sampling.engine else None
+
   @functools.cache
-  def sampler(options: SamplingOptions):
+  def sampler(options: SamplingOptions, length: int):
+    if engine is not None:
+      ask = engine(options)
+      return lambda *inputs, first_row: mesh.put_batch(ask(*inputs, first_row=first_row), layout)
     if config.sampling.rows:
-      draw = ContinuousSampler(policy, options, rows=config.sampling.rows, prompt_length=prompt_length, layout=layout)
+      draw = ContinuousSampler(policy, options, rows=config.sampling.rows, prompt_length=length, layout=layout)
       return lambda *inputs, first_row: mesh.put_batch(draw(*inputs, first_row=first_row), layout)
     run = jax.jit(functools.partial(sample, policy, options=options))
     return lambda params, tokens, valid, key, first_row: run(
       params, *mesh.put_batch((tokens, valid), layout), key, first_row=first_row
     )
 
-  reward = make_reward(config.reward.name, **config.reward.options)
   return Parts(config, layout, policy, tokenizer, splits, reward, prompt_length, sampler)
+
+
+def longest_prompt(examples: Sequence[Example], tokenizer: Tokenizer) -> int:
+  """In tokens."""
+  return max(len(tokenizer.encode(example.prompt)) for example in examples)
 
 
 def make_optimizer(

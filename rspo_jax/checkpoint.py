@@ -5,7 +5,6 @@ renames it when it is whole, so a folder with a plain step number is complete. D
 later on; therefore a checkpoint carries fingerprints of its arrays, and loading compares them.
 """
 
-import fcntl
 import json
 import logging
 import math
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from rspo_jax.workdir import claim_workdir, dump_json_atomic, to_plain_json
+from rspo_jax.workdir import claim_workdir, dump_json_atomic, lock_workdir, to_plain_json
 
 __all__ = [
   "CheckpointError",
@@ -84,7 +83,7 @@ class Checkpoints:
     self._best_metric = best_metric
     self._read_only = read_only
     self._unreadable: set[int] = set()
-    self._lock = None if read_only or jax.process_index() else _lock(self._workdir)
+    self._lock = None if read_only or jax.process_index() else lock_workdir(self._workdir)
     self._orbax = ocp.training.Checkpointer(
       self._folder,
       preservation_policy=self,
@@ -303,22 +302,6 @@ def _fingerprint_leaf(leaf: jax.Array) -> jax.Array:
     multiplier = (0x9E3779B0, 0x85EBCA76, 0xC2B2AE3C, 0x27D4EB2E)[axis % 4]
     weight += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(multiplier)
   return jnp.sum(words * weight, dtype=jnp.uint32)
-
-
-def _lock(workdir: pathlib.Path) -> Any:
-  """Holds `workdir/.lock` until closed. A record lock: children do not inherit it, a kill frees it."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  file = open(workdir / ".lock", "w")  # noqa: SIM115
-  try:
-    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except (BlockingIOError, PermissionError) as error:
-    file.close()
-    raise ValueError(
-      f"another process is writing to {workdir}. Wait for it or stop it, or choose another --workdir."
-    ) from error
-  except OSError:
-    _log.info("%s is on a file system without locks; nothing guards it from a second run", workdir)
-  return file
 
 
 def _crc32(record: Mapping[str, Any]) -> int:

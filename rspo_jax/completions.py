@@ -118,3 +118,24 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> list[Completion]:
     )
     for i in range(len(recorded))
   ]
+
+
+def unpack(rollout: Rollout, waiting: Sequence[Completion], version: int) -> list[Completion]:
+  """What became of completions that were the first rows of a batch; further rows are left out."""
+  found = []
+  for row, completion in enumerate(waiting):
+    drawn = np.flatnonzero(rollout.action_mask[row])
+    experts = None
+    if rollout.expert_index is not None:
+      experts = rollout.expert_index[row, np.flatnonzero(rollout.valid[row])]
+    found.append(
+      completion._replace(
+        tokens=rollout.tokens[row, drawn],
+        drawn_log_prob=rollout.sampler_log_prob[row, drawn],
+        log_prob=rollout.log_prob[row, drawn],
+        version=np.full(len(drawn), version, np.int32),
+        finished=bool(rollout.finished[row]),
+        experts=experts,
+      )
+    )
+  return found

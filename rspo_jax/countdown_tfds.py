@@ -1,16 +1,13 @@
 """F3: the Countdown data set as a TFDS builder, written as array_record files and read without TensorFlow."""
 
-import contextlib
 import dataclasses
-import fcntl
-import io
-import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from rspo_jax import tfds_folders
 from rspo_jax.countdown import Problem, check
 from rspo_jax.countdown_problems import CountdownSpec, Worked, make_problems
 
@@ -87,55 +84,9 @@ def worked_of(record: dict, operators: str) -> Worked:
 
 def folder_of(spec: CountdownSpec, root: Path) -> Path:
   """The folder under the root that holds this spec's files."""
-  return root / Countdown.name / CountdownConfig.of(spec).name / str(Countdown.VERSION)
+  return tfds_folders.folder_of(Countdown, CountdownConfig.of(spec), root)
 
 
 def prepare(spec: CountdownSpec, root: Path) -> dict[str, Any]:
-  """{split: records} of the data set under a root folder, made first if it is not there.
-
-  TFDS writes to a temporary folder and renames it, so what exists is whole. A lock keeps processes that start together
-  from making it twice; the system drops it when a process dies. Reading needs no lock and no permission to write.
-
-  Raises:
-    ValueError: a spec that cannot be met, or files that cannot be read (names their folder and the cure).
-  """
-  tfds.disable_progress_bar()
-  made = folder_of(spec, root)
-
-  def builder():
-    return Countdown(config=CountdownConfig.of(spec), data_dir=root, file_format="array_record")
-
-  with _quiet():
-    if not made.exists():
-      root.mkdir(parents=True, exist_ok=True)
-      with open(root / "countdown.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        builder().download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    try:
-      return {split: _fetch(builder().as_data_source(split)) for split in ("train", "test")}
-    except Exception as error:
-      raise ValueError(
-        f"The data set in {made} cannot be read ({type(error).__name__}: {error}). Delete that folder and start "
-        "again: it will be made anew."
-      ) from error
-
-
-def _fetch(source):
-  """All records at once, which is three times as fast as one by one; the source itself if some cannot be read."""
-  try:
-    return source.__getitems__(range(len(source)))
-  except Exception:
-    return source  # whoever reads one by one finds out which
-
-
-@contextlib.contextmanager
-def _quiet():
-  """TFDS prints a banner and warns that a configuration is not in its catalogue; neither is news here."""
-  log = logging.getLogger("absl")
-  level = log.level
-  log.setLevel(logging.ERROR)
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      yield
-  finally:
-    log.setLevel(level)
+  """{split: records} of this spec, made first if they are not there; see `tfds_folders.prepare`."""
+  return tfds_folders.prepare(Countdown, CountdownConfig.of(spec), root)

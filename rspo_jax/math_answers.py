@@ -1,7 +1,7 @@
 """F3: whether a mathematical answer equals the gold one. Runs in workers: it needs math-verify and nothing of ours.
 
 math-verify (0.9.0) defines what is right. Here an answer is only written the way math-verify reads it, and the few
-comparisons that it answers too kindly are made stricter; docs/rewards.md lists both.
+comparisons that it answers too kindly are made stricter; docs/math_rewards.md lists both.
 """
 
 import functools

@@ -108,7 +108,7 @@ def gold_answers(gold: Any) -> tuple[str, ...]:
 
 
 class MathReward:
-  """1 for a right answer, format_reward for a marked and readable one that is wrong, else 0. docs/rewards.md.
+  """1 for a right answer, format_reward for a marked and readable one that is wrong, else 0. docs/math_rewards.md.
 
   Marked is an answer in a box or after ####. Whole batches are judged in a pool of workers, equal pairs of gold answer
   and answer once. A context manager; without it the workers end with the process that made them.

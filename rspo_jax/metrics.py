@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -31,8 +32,18 @@ METRICS: dict[str, str] = {
   "groups/zero_variance": "Share of the groups in which every completion got the same reward, 0 to 1.",
   "policy/entropy": "Mean entropy of the next token over the completions, temperature 1, nats.",
   "policy/log_prob": "Mean log-probability of the completion tokens at temperature 1, nats.",
-  "groups/sampled": "Groups sampled for this step over groups trained on; above 1 under dynamic sampling.",
+  "groups/sampled": "Groups judged for this step over groups trained on; above 1 under dynamic sampling.",
+  "groups/carried": "Share of the groups of a step that began in an earlier one, 0 to 1.",
+  "staleness/mean": "RL steps between drawing a token and training on it, mean over tokens.",
+  "staleness/max": "RL steps between drawing a token and training on it, largest.",
   "reward/overlong": "Mean overlong penalty in the reward, <= 0.",
+  "curriculum/unseen": "Share of the training problems that were never sampled, 0 to 1.",
+  "curriculum/below": "Share of the training problems solved too rarely for the curriculum's band, 0 to 1.",
+  "curriculum/in_band": "Share of the training problems whose success rate is in the band, 0 to 1.",
+  "curriculum/above": "Share of the training problems solved too often for the band, 0 to 1.",
+  "curriculum/skipped": "Problems passed over for the last batch.",
+  "curriculum/retried": "Problems of the last batch that were outside the band and are tried again after a while.",
+  "curriculum/filled": "Problems of the last batch that are outside the band, for want of others.",
   "length/mean": "Mean length of the completions, tokens.",
   "length/max": "Longest completion, tokens.",
   "length/truncated": "Share of the completions cut off at the length limit, 0 to 1.",
@@ -89,14 +100,27 @@ METRICS: dict[str, str] = {
   "seconds/train": "Wall time of the updates in this step, seconds.",
   "seconds/diagnostics": "Wall time of the costly diagnostics in this step, seconds.",
   "seconds/step": "Wall time of the whole step, seconds.",
-  "eval/success": "Held-out success at temperature 1, mean over problems and samples (avg@k), 0 to 1.",
+  "eval/success": "Held-out success of sampled completions (avg@k), 0 to 1; unweighted mean of benchmarks.",
   "eval/greedy_success": "Held-out success of the greedy completion, 0 to 1.",
-  "eval/format": "Share of the held-out completions (temperature 1) in the asked form, 0 to 1.",
+  "eval/format": "Share of the sampled held-out completions in the asked form, 0 to 1.",
   "memory/peak_bytes": "Largest device memory in use so far, the fullest local device, bytes; where known.",
+}
+
+# Names with a part that the config gives.
+PATTERNS: dict[str, str] = {
+  "eval/<benchmark>/avg": "Success of sampled completions of a benchmark, mean over problems and samples, 0 to 1.",
+  "eval/<benchmark>/greedy": "Success of the greedy completions of a benchmark, 0 to 1.",
+  "reward/why/<reason>": "Share of the completions that the reward gave this reason for, 0 to 1.",
 }
 
 TIMING_PREFIXES = ("seconds/", "speed/", "memory/")
 _HEAD = ("phase", "step", "time")
+_PATTERN = re.compile("|".join(re.sub("<.*?>", r"[\\w-]+", pattern) for pattern in PATTERNS))
+
+
+def is_known(name: str) -> bool:
+  """Whether a metric is one of `METRICS` or fits one of `PATTERNS`."""
+  return name in METRICS or _PATTERN.fullmatch(name) is not None
 
 
 def deterministic(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,13 +156,14 @@ class MetricsWriter:
     Args:
       phase: "warm_start", "rl", ...
       step: step within that phase. Rows come in the order of the run; a step may have several.
-      values: names of `METRICS` -> scalar or vector: numbers, numpy or jax arrays (fetched in one transfer).
+      values: names of `METRICS` or as in `PATTERNS` -> scalar or vector: numbers, numpy or jax arrays (fetched in one
+        transfer).
     Returns:
       The same values as plain floats, ints and lists, in every process.
     Raises:
-      ValueError: a name that is not in `METRICS`, or a value that is no number.
+      ValueError: a name that is in neither of them, or a value that is no number.
     """
-    unknown = sorted(set(values) - METRICS.keys())
+    unknown = sorted(name for name in values if not is_known(name))
     if unknown:
       raise ValueError(
         f"unknown metric {', '.join(unknown)}; want names of rspo_jax.metrics.METRICS (add a new one there)."

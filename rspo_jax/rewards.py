@@ -1,20 +1,29 @@
-"""F3: rewards that can be verified. A reward is a function of a completion's text and its example.
+"""F3: rewards by name, and how a batch of completions is scored. docs/rewards.md lists them.
 
-A reward that has a method `judge(texts, examples) -> list[RewardResult]` is given whole batches. `REWARDS` maps a name
-to a function, or to a class of such rewards; `make_reward` binds its settings.
+`REWARDS` maps a name to a function (text, example) -> RewardResult, to a class of rewards that judge whole batches
+(`rspo_jax.judging`), or to what makes one of other rewards; `make_reward` binds its options. Any other callable is
+named by its path, "package.module:function".
 """
 
+import collections
+import contextlib
+import difflib
 import functools
-import math
-from collections.abc import Callable, Sequence
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rspo_jax import countdown
+from rspo_jax import countdown, knights
 from rspo_jax.code_rewards import CodeReward
+from rspo_jax.composed_rewards import BySourceReward, WeightedReward
+from rspo_jax.custom_rewards import CustomReward, is_path, load_callable
 from rspo_jax.data import Example, Reward, RewardResult
+from rspo_jax.judging import Surviving, close, judge_batch
 from rspo_jax.math_rewards import MathReward
+from rspo_jax.text_rewards import FormatReward, LengthReward, exact_match_reward, repetition_reward
 
 
 class Scores(NamedTuple):
@@ -37,43 +46,45 @@ def countdown_reward(text: str, example: Example, *, format_reward: float = 0.1)
   Raises:
     ValueError: format_reward out of range.
   """
-  if not 0.0 <= format_reward < 1.0:
-    raise ValueError(f"format_reward is {format_reward}; want a value in [0, 1), less than a right answer earns.")
+  _check_format_reward(format_reward)
   verdict = countdown.check(text, example.gold, example.metadata["operators"])
   reward = 1.0 if verdict.right else format_reward if verdict.valid else 0.0
   return RewardResult(reward, verdict.right, verdict.valid, verdict.why, text.strip())
 
 
-def score_completions(reward: Reward, texts: Sequence[str], examples: Sequence[Example]) -> Scores:
+def knights_reward(text: str, example: Example, *, format_reward: float = 0.1) -> RewardResult:
+  """1 for the right roles, format_reward for a well-formed answer that is not right, else 0; no credit for some roles.
+
+  Args:
+    text: the completion without its end token.
+    example: of the Knights and Knaves data set.
+    format_reward: in [0, 1).
+  Raises:
+    ValueError: format_reward out of range.
+  """
+  _check_format_reward(format_reward)
+  verdict = knights.check(text, example.gold, example.metadata["style"])
+  reward = 1.0 if verdict.right else format_reward if verdict.valid else 0.0
+  return RewardResult(reward, verdict.right, verdict.valid, verdict.why, verdict.answer)
+
+
+def _check_format_reward(format_reward: float) -> None:
+  if not 0.0 <= format_reward < 1.0:
+    raise ValueError(f"format_reward is {format_reward}; want a value in [0, 1), less than a right answer earns.")
+
+
+def score_completions(
+  reward: Reward, texts: Sequence[str], examples: Sequence[Example], lengths: Sequence[int] | None = None
+) -> Scores:
   """Rewards a batch; texts[i] answers examples[i], so an example with G samples stands there G times.
 
+  Args:
+    lengths: [B], of the completions in tokens, for rewards that need them.
   Raises:
     ValueError: unequal lengths, or a reward that raised or returned anything but a finite RewardResult; names the
       row, the prompt and the start of the text. What a reward's own `judge` raises passes through.
   """
-  if len(texts) != len(examples):
-    raise ValueError(
-      f"{len(texts)} texts for {len(examples)} examples; want an example per text: repeat it for its samples."
-    )
-
-  def place(row):
-    return f"row {row} (prompt {examples[row].prompt[:80]!r}, completion {texts[row][:80]!r})"
-
-  def single(row):
-    try:
-      return reward(texts[row], examples[row])
-    except Exception as error:
-      raise ValueError(
-        f"The reward raised {type(error).__name__}: {error} at {place(row)}. A reward must return a RewardResult for "
-        "every text: let it give 0 to what it cannot judge."
-      ) from error
-
-  results = reward.judge(texts, examples) if hasattr(reward, "judge") else [single(row) for row in range(len(texts))]
-  if len(results) != len(texts):
-    raise ValueError(f"The reward's judge returned {len(results)} results for {len(texts)} texts; want one for each.")
-  for row, result in enumerate(results):
-    if not isinstance(result, RewardResult) or not math.isfinite(result.reward):
-      raise ValueError(f"The reward returned {result!r} at {place(row)}; want a RewardResult with a finite reward.")
+  results = judge_batch(reward, texts, examples, lengths)
   return Scores(
     np.array([result.reward for result in results], np.float32),
     np.array([result.success for result in results], bool),
@@ -83,10 +94,146 @@ def score_completions(reward: Reward, texts: Sequence[str], examples: Sequence[E
   )
 
 
-REWARDS: dict[str, Callable[..., Any]] = {"countdown": countdown_reward, "math": MathReward, "code": CodeReward}
+def why_counts(scores: Scores, *, most: int = 16) -> dict[str, float]:
+  """How often every reason was given, as metrics.
+
+  Args:
+    most: reasons that are named, the most frequent first; the rest together are 'other'.
+  Returns:
+    'reward/why/<reason>' -> share of the completions, in (0, 1]; reasons in small letters, digits and underscores.
+    Completions without a reason are not counted.
+  """
+  counts = collections.Counter(re.sub(r"[^a-z0-9]+", "_", why.casefold()).strip("_") for why in scores.why)
+  del counts[""]
+  named = dict(counts.most_common(most))
+  if rest := counts.total() - sum(named.values()):
+    named["other"] = named.get("other", 0) + rest
+  return {f"reward/why/{reason}": count / len(scores.why) for reason, count in named.items()}
 
 
-def make_reward(name: str, **settings: Any) -> Reward:
-  """A reward of `REWARDS` with its settings. KeyError for an unknown name; TypeError or ValueError for settings."""
-  made = REWARDS[name]
-  return made(**settings) if isinstance(made, type) else functools.partial(made, **settings)
+def weighted(terms: Mapping[str, Mapping[str, Any]], success: str = "") -> WeightedReward:
+  """A `WeightedReward` of label -> {"name": reward, "weight": 1.0, "options": {}}; success: label of the term that says
+  whether the answer is right, by default the only one."""
+  if success not in terms and (success or len(terms) > 1):
+    raise ValueError(
+      f"success is {success!r}; name the term that says whether the answer is right, of {', '.join(terms)}."
+    )
+  made = _make_all(terms)
+  weights = {label: (made[label], float(term.get("weight", 1.0))) for label, term in terms.items()}
+  return WeightedReward(weights, success or next(iter(terms)))
+
+
+def by_source(**sources: Mapping[str, Any]) -> BySourceReward:
+  """A `BySourceReward` of source -> {"name": reward, "options": {}}; '*' is for all other sources."""
+  return BySourceReward(_make_all(sources))
+
+
+def _make_all(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Reward]:
+  """All of them, or an error and none: those that were made are closed."""
+  with contextlib.ExitStack() as undo:
+    made = {}
+    for label, spec in specs.items():
+      made[label] = make_reward(spec["name"], **spec.get("options", {}))
+      undo.callback(close, made[label])
+    undo.pop_all()
+  return made
+
+
+REWARDS: dict[str, Callable[..., Any]] = {
+  "countdown": countdown_reward,
+  "knights": knights_reward,
+  "math": MathReward,
+  "code": CodeReward,
+  "format": FormatReward,
+  "exact_match": exact_match_reward,
+  "repetition": repetition_reward,
+  "length": LengthReward,
+  "weighted": weighted,
+  "by_source": by_source,
+}
+_COMPOSED = (weighted, by_source)
+_OF_PATHS = ("timeout", "workers", "success_at")  # options of a callable by its path that are not its own
+ON_ERROR = ("fail", "zero")
+
+
+def make_reward(name: str, *, on_error: str = "fail", **options: Any) -> Reward:
+  """A reward of `REWARDS`, or a callable by its path (`CustomReward`), with its options.
+
+  Args:
+    on_error: what a completion that makes the reward raise does: 'fail' ends the run with an error that names it;
+      'zero' gives it reward 0 and the reason 'failed' (`judging.Surviving`).
+  Raises:
+    ValueError: an unknown name, an unknown option or an impossible value; names what is near.
+  """
+  check_reward(name, {"on_error": on_error, **options})
+  made = REWARDS.get(name)
+  if made is None:
+    own = {key: options.pop(key) for key in _OF_PATHS if key in options}
+    reward = CustomReward(name, options=options, **own)
+  elif isinstance(made, type) or made in _COMPOSED:
+    reward = made(**options)
+  else:
+    reward = functools.partial(made, **options)
+  return Surviving(reward) if on_error == "zero" else reward
+
+
+def check_reward(name: Any, options: Any, where: str = "reward") -> None:
+  """ValueError for a name, option or term that `make_reward` does not know, by its key below `where`; makes nothing."""
+  if not isinstance(name, str) or not (name in REWARDS or is_path(name)):
+    raise ValueError(
+      f"{where}.name is {name!r}; {_near(str(name), REWARDS)} A reward of your own is named package.module:function."
+    )
+  if not isinstance(options, Mapping):
+    raise ValueError(f"{where}.options is {options!r}; want a group of options.")
+  if options.get("on_error", "fail") not in ON_ERROR:
+    raise ValueError(f"{where}.options.on_error is {options['on_error']!r}; want one of {', '.join(ON_ERROR)}.")
+  at = f"{where}.options"
+  if name == "by_source":
+    for source, spec in options.items():
+      if source != "on_error":
+        _check_spec(spec, f"{at}.{source}", ("name", "options"))
+    return
+  try:
+    made = REWARDS[name] if name in REWARDS else load_callable(name)
+  except ValueError as error:
+    raise ValueError(f"{where}.name is {error}") from error
+  parameters = list(inspect.signature(made).parameters.values())
+  if not isinstance(made, type) and made not in _COMPOSED:
+    parameters = parameters[2:]  # text and example
+  known = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)} | {"on_error"}
+  known |= set() if name in REWARDS else set(_OF_PATHS)
+  if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+    for option in options:
+      if option not in known:
+        raise ValueError(f"{at}.{option} is unknown; {_near(option, known)}")
+  if missing := [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in options]:
+    raise ValueError(f"{at} lacks {', '.join(missing)}, which {name} needs.")
+  if name == "weighted":
+    if not isinstance(options["terms"], Mapping) or not options["terms"]:
+      raise ValueError(f"{at}.terms is {options['terms']!r}; want label -> name, weight, options.")
+    for label, term in options["terms"].items():
+      _check_spec(term, f"{at}.terms.{label}", ("name", "weight", "options"))
+
+
+def reward_names(name: str, options: Mapping[str, Any]) -> set[str]:
+  """The names of a reward and of all that it is made of."""
+  specs = {"weighted": options.get("terms", {}), "by_source": options}.get(name, {}).values()
+  inner = [reward_names(spec["name"], spec.get("options", {})) for spec in specs if isinstance(spec, Mapping)]
+  return {name}.union(*inner)
+
+
+def _check_spec(spec: Any, where: str, known: Sequence[str]) -> None:
+  if not isinstance(spec, Mapping) or "name" not in spec:
+    raise ValueError(f"{where} is {spec!r}; want a group of {', '.join(known)}, at least name.")
+  for key in spec:
+    if key not in known:
+      raise ValueError(f"{where}.{key} is unknown; {_near(key, known)}")
+  weight = spec.get("weight", 1.0)
+  if isinstance(weight, bool) or not isinstance(weight, int | float):
+    raise ValueError(f"{where}.weight is {weight!r}; want a number.")
+  check_reward(spec["name"], spec.get("options", {}), where)
+
+
+def _near(word: str, known: Any) -> str:
+  near = difflib.get_close_matches(word, known, n=1)
+  return f"did you mean {near[0]}?" if near else f"want one of {', '.join(sorted(known))}."

@@ -1,13 +1,16 @@
 """F3: the claim a run lays on its workdir, and files that are never met half written."""
 
+import fcntl
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import jax
 
+_log = logging.getLogger(__name__)
 _ABSENT = object()
 
 
@@ -50,6 +53,26 @@ def claim_workdir(
     raise ValueError("\n".join([head, *lines, cure]))
   if differing and jax.process_index() == 0:
     dump_json_atomic(path, new)
+
+
+def lock_workdir(workdir: pathlib.Path) -> IO[str]:
+  """Holds `workdir/.lock` until closed. A record lock: children do not inherit it, a kill frees it.
+
+  Raises:
+    ValueError: another process holds it.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  file = open(workdir / ".lock", "w")  # noqa: SIM115
+  try:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except (BlockingIOError, PermissionError) as error:
+    file.close()
+    raise ValueError(
+      f"another process is writing to {workdir}. Wait for it or stop it, or choose another --workdir."
+    ) from error
+  except OSError:
+    _log.info("%s is on a file system without locks; nothing guards it from a second run", workdir)
+  return file
 
 
 def dump_json_atomic(path: str | os.PathLike, value: Any) -> None:

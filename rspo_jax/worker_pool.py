@@ -77,7 +77,14 @@ class WorkerPool:
   """
 
   def __init__(
-    self, function_path: str, *, workers: int, timeout: float, recycle: int = 10_000, memory_mib: int = 4096
+    self,
+    function_path: str,
+    *,
+    workers: int,
+    timeout: float,
+    recycle: int = 10_000,
+    memory_mib: int = 4096,
+    argument: str = "",
   ):
     """Starts the workers, which load the function meanwhile.
 
@@ -88,6 +95,8 @@ class WorkerPool:
       timeout: seconds that an item may take, by the clock.
       recycle: items after which a worker is replaced, so that caches and leaks stay small.
       memory_mib: address space of a worker, where the system can limit it; beyond it an item raises MemoryError.
+      argument: if given, the function is called with it once, while the worker starts, and returns what items are
+        given to.
     Raises:
       ValueError: a setting out of range, or a function that is not there.
     """
@@ -96,7 +105,7 @@ class WorkerPool:
         raise ValueError(f"{name} is {value}; want 1 or more.")
     if not 0 < timeout < float("inf"):
       raise ValueError(f"timeout is {timeout}; want seconds, above 0 and finite.")
-    self._arguments = (*_find(function_path), str(timeout + ORPHAN_SECONDS), str(memory_mib << 20))
+    self._arguments = (*_find(function_path), str(timeout + ORPHAN_SECONDS), str(memory_mib << 20), argument)
     self._function_path, self._timeout, self._recycle = function_path, timeout, recycle
     self._failed_starts = 0
     self._workers = [_Worker(self._arguments) for _ in range(workers)]
@@ -195,7 +204,7 @@ def _find(function_path: str) -> tuple[str, str, str]:
   return module, found.origin, function
 
 
-def _serve(descriptor: str, module: str, file: str, function: str, seconds: str, memory: str) -> None:
+def _serve(descriptor: str, module: str, file: str, function: str, seconds: str, memory: str, argument: str) -> None:
   """The worker's loop: an item in, an `Outcome` out, until the other end is closed."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle
   signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -205,6 +214,8 @@ def _serve(descriptor: str, module: str, file: str, function: str, seconds: str,
   sys.modules[module] = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(sys.modules[module])
   run = getattr(sys.modules[module], function)
+  if argument:
+    run = run(argument)
   with connection.Connection(int(descriptor)) as caller, contextlib.suppress(EOFError, OSError):
     caller.send("ready")
     while True:

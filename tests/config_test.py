@@ -24,6 +24,11 @@ def changed(**dotted):
   return given
 
 
+LENGTH = {"name": "length", "options": {"max_length": 14, "buffer": 4}}
+TERMS = {"terms": {"it": {"name": "countdown"}, "long": LENGTH}, "success": "it"}
+LONG = {"name": "weighted", "options": TERMS}
+
+
 def test_a_config_survives_the_way_through_ml_collections():
   config = read_config(countdown_tiny.get_config())
   assert read_config(config_dict(config)) == config
@@ -40,6 +45,13 @@ def test_a_config_survives_the_way_through_ml_collections():
     ("rl", 3, "config.rl is 3; want a group"),
     ("objective__name", "ppo", "want one of cispo, dapo, dr_grpo"),
     ("data__name", "countup", "config.data.name is 'countup'; want one of countdown"),
+    ("reward__name", "mth", "config.reward.name is 'mth'; did you mean math?"),
+    (
+      "reward__options",
+      {"format_rewrd": 1},
+      "config.reward.options.format_rewrd is unknown; did you mean format_reward?",
+    ),
+    ("reward", LONG, "long completions would be punished twice"),
     ("rl__samples_per_prompt", 1, "config.rl.samples_per_prompt is 1; want 2 or more"),
     ("rl__minibatches", 7, "does not divide into 7 minibatches"),
     ("model__num_experts_per_tok", 99, "want 1 to num_experts"),
@@ -54,7 +66,7 @@ def test_a_config_survives_the_way_through_ml_collections():
 )
 def test_mistakes_are_told_with_their_key_and_a_cure(key, value, message):
   with pytest.raises(ValueError, match=message):
-    update_options(read_config(changed(**{key: value})))
+    update_options(read_config(changed(rl__overlong_buffer=4, **{key: value})))
 
 
 def test_missing_keys_are_named():

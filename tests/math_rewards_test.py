@@ -264,7 +264,7 @@ def test_every_reason_is_given_and_a_hanging_answer_costs_only_itself():
 @pytest.mark.parametrize("outcome", [Outcome("died", "exit status -9"), Outcome("error", "MemoryError")])
 def test_an_answer_that_raises_or_ends_its_worker_has_failed(reward, monkeypatch, outcome):
   monkeypatch.setattr(reward._pool, "map", lambda pairs: [outcome] * len(pairs))
-  assert reward.verdicts(["5"], ["5"]) == [MathVerdict(False, "failed", "number")]
+  assert reward.verdicts(["5"], ["5"]) == [MathVerdict(False, "failed", "number", "5")]
 
 
 def test_equal_answers_to_equal_gold_answers_are_judged_once(reward, monkeypatch):
@@ -287,12 +287,12 @@ def test_a_gold_answer_of_another_kind_is_refused(gold):
 
 
 def test_a_single_completion_is_judged_as_in_a_batch(reward):
-  assert reward(r"\boxed{\dfrac{1}{2}}", Example("x", "0.5")) == (1.0, True, True, "right")
+  assert reward(r"\boxed{\dfrac{1}{2}}", Example("x", "0.5")) == (1.0, True, True, "right", r"\dfrac{1}{2}")
 
 
 def test_the_table_of_rewards_makes_it_with_its_settings():
   with make_reward("math", workers=1, forms=("boxed",)) as reward:
-    assert reward("5", Example("x", "5")) == (0.0, False, False, "no answer")
+    assert reward("5", Example("x", "5")) == (0.0, False, False, "no answer", "")
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_impossible_settings_are_refused(setting, message):
 
 
 def test_the_document_lists_every_reason():
-  text = (pathlib.Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+  text = (pathlib.Path(__file__).parent.parent / "docs" / "math_rewards.md").read_text()
   assert re.findall(r"^\| `([\w ]+)` \|", text, re.MULTILINE) == list(typing.get_args(Why))
 
 

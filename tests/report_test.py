@@ -93,7 +93,7 @@ def html_of(workdir, config=CONFIG):
 
 def test_answers_are_one_line_per_evaluated_problem(tmp_path):
   texts = ["1+2", "line\u2028separator\n", "", "4"]
-  report.write_answers(tmp_path / "a.jsonl", EXAMPLES, completions(texts, [True, False, False, True]))
+  report.write_answers(tmp_path / "a.jsonl", [(EXAMPLES, completions(texts, [True, False, False, True]))])
   lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
   assert [line["prompt"] for line in lines] == [example.prompt for example in EXAMPLES[:2]]
   assert [line["answers"] for line in lines] == [texts[:2], texts[2:]]
@@ -105,7 +105,7 @@ def test_only_process_zero_writes(tmp_path, monkeypatch):
   make_run(tmp_path)
   summary = summary_of(tmp_path)
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  report.write_answers(tmp_path / "a.jsonl", EXAMPLES, completions("ab", [True, False]))
+  report.write_answers(tmp_path / "a.jsonl", [(EXAMPLES, completions("ab", [True, False]))])
   report.write_report(tmp_path, summary)
   assert not {"a.jsonl", "report.html", "plots"} & {path.name for path in tmp_path.iterdir()}
 
@@ -122,7 +122,8 @@ def test_summary_holds_the_numbers_of_the_rows(tmp_path):
     assert summary[side]["step"] == step
     assert [summary[side][key] for key in ("success", "greedy_success", "format")] == list(row.values())
   assert summary["gain"] == 0.375
-  assert summary["held_out"] == {"distinct_problems": 2, "samples_per_problem": 2, "in_data_set": 5}
+  held_out = {"distinct_problems": 2, "samples_per_problem": 2, "temperature": 1.0, "in_data_set": 5}
+  assert summary["held_out"] == held_out
   assert summary["warm_start"] == {"steps": 4, "of": 4, "wrong_fraction": 0.25}
   assert (summary["rl"]["steps"], summary["rl"]["of"]) == (20, 20)
   assert summary["seconds"] == {"warm_start": 2.0, "rl": 3.5, "total": 5.5}
@@ -142,7 +143,7 @@ def test_parameter_count_is_that_of_the_model(tmp_path):
 def test_standard_error_is_over_problems_and_only_of_answers_that_belong_to_the_evaluation(tmp_path):
   make_run(tmp_path)
   four = completions("abcdefgh", [True, True, True, False, True, False, False, False])  # 1, 1/2, 1/2, 0
-  report.write_answers(tmp_path / "answers_after.jsonl", EXAMPLES, four)
+  report.write_answers(tmp_path / "answers_after.jsonl", [(EXAMPLES, four)])
   assert summary_of(tmp_path)["after"]["success_standard_error"] is None  # mean 0.5, not 0.625
   make_run(tmp_path, rl_rows=[], after=None)
   with MetricsWriter(tmp_path) as writer:
@@ -220,7 +221,7 @@ def test_text_of_model_data_and_config_cannot_become_markup(tmp_path):
   make_run(tmp_path, config=config)
   examples = [Example(f"{evil}{i}", None) for i in range(2)]
   for which in ("before", "after"):
-    report.write_answers(tmp_path / f"answers_{which}.jsonl", examples, completions([evil] * 4, [True] * 4))
+    report.write_answers(tmp_path / f"answers_{which}.jsonl", [(examples, completions([evil] * 4, [True] * 4))])
   html = html_of(tmp_path, config)
   assert "<script" not in html
   # title and heading, 2 prompts, an answer to each before and after (equal ones are one), 3 times in the config
@@ -232,7 +233,7 @@ def test_answers_are_grouped_marked_and_the_first_dozen(tmp_path):
   make_run(tmp_path)
   examples = [Example(f"problem {i}.", None) for i in range(14)]
   texts, success = ["2+2", "2+2", "5", ""] * 14, [True, True, False, False] * 14
-  report.write_answers(tmp_path / "answers_before.jsonl", examples, completions(texts, success, samples=4))
+  report.write_answers(tmp_path / "answers_before.jsonl", [(examples, completions(texts, success, samples=4))])
   html = html_of(tmp_path)
   assert html.count("✓ 2+2 ×2</code>") == 12
   assert html.count(">(empty)</code>") == 12

@@ -1,14 +1,29 @@
-"""The Countdown reward, and how a batch of completions is scored."""
+"""The Countdown reward, how a batch of completions is scored, and how rewards are named and made."""
 
 import functools
+import inspect
+import pathlib
+import re
+import sys
 
 import numpy as np
 import pytest
 
 from rspo_jax.countdown import Problem, prompt_text
 from rspo_jax.data import Example
-from rspo_jax.rewards import REWARDS, RewardResult, countdown_reward, make_reward, score_completions
+from rspo_jax.rewards import (
+  REWARDS,
+  RewardResult,
+  Scores,
+  check_reward,
+  countdown_reward,
+  make_reward,
+  reward_names,
+  score_completions,
+  why_counts,
+)
 
+COMPOSED = ("weighted", "by_source")
 PROBLEM = Problem((3, 7, 12), 22)
 EXAMPLE = Example(prompt_text(PROBLEM), PROBLEM, metadata={"operators": "+-*/"})
 ONLY_PLUS_MINUS = EXAMPLE._replace(metadata={"operators": "+-"})
@@ -99,10 +114,142 @@ def test_a_judge_must_return_a_finite_result_for_every_text(results, message):
 
 def test_a_reward_is_made_by_name_with_its_settings():
   assert make_reward("countdown", format_reward=0.25)("3*7+12", EXAMPLE).reward == 0.25
-  with pytest.raises(KeyError):
-    make_reward("none")
+  with pytest.raises(ValueError, match="reward.name is 'countdwn'; did you mean countdown?"):
+    make_reward("countdwn")
 
 
 def test_texts_and_examples_must_pair_up():
   with pytest.raises(ValueError, match="4 texts for 2 examples"):
     score_completions(countdown_reward, ["x"] * 4, [EXAMPLE] * 2)
+
+
+def test_lengths_reach_only_the_rewards_that_need_them():
+  length = make_reward("length", max_length=10, buffer=4)
+  examples = [EXAMPLE] * 3
+  assert score_completions(length, ["a", "b", "c"], examples, [6, 8, 10]).reward.tolist() == [0.0, -0.5, -1.0]
+  plain = Judge([RewardResult(1.0, True, True)] * 3)
+  assert score_completions(plain, ["a", "b", "c"], examples, [6, 8, 10]).success.all()
+  with pytest.raises(ValueError, match=r"lengths=lengths"):
+    score_completions(length, ["a", "b", "c"], examples)
+  with pytest.raises(ValueError, match="2 lengths for 3 texts"):
+    score_completions(length, ["a", "b", "c"], examples, [6, 8])
+
+
+# A reward that raises
+
+
+def raising(text, example):
+  if text == "bad":
+    raise KeyError("answer")
+  return RewardResult(1.0, True, True, "right")
+
+
+class RaisingJudge:
+  def judge(self, texts, examples):
+    return [raising(text, example) for text, example in zip(texts, examples, strict=True)]
+
+
+@pytest.mark.parametrize("reward", [raising, RaisingJudge()], ids=["function", "judge"])
+def test_a_reward_that_raises_is_survived_where_asked_and_nothing_else_is_lost(monkeypatch, caplog, reward):
+  monkeypatch.setitem(REWARDS, "raising", RaisingJudge if reward is not raising else raising)
+  made = make_reward("raising", on_error="zero")
+  scores = score_completions(made, ["ok", "bad", "ok", "bad"], [EXAMPLE] * 4)
+  assert (scores.reward.tolist(), scores.why) == ([1, 0, 1, 0], ("right", "failed", "right", "failed"))
+  assert "2 of 4 completions could not be judged: " in caplog.text and "'answer'" in caplog.text
+  assert made("bad", EXAMPLE).why == "failed"
+
+
+def test_a_result_that_is_not_finite_is_survived_too(monkeypatch):
+  monkeypatch.setitem(REWARDS, "odd", lambda text, example: RewardResult(float(text), True, True))
+  scores = score_completions(make_reward("odd", on_error="zero"), ["1", "nan"], [EXAMPLE] * 2)
+  assert (scores.reward.tolist(), scores.why) == ([1.0, 0.0], ("", "failed"))
+
+
+# Reasons as metrics
+
+
+def scores_of(*why):
+  count = np.zeros(len(why))
+  return Scores(count, count, count, why)
+
+
+def test_reasons_are_counted_under_names_that_metrics_can_have():
+  counts = why_counts(scores_of("right", "no answer", "No Answer!", "", "right"))
+  assert counts == {"reward/why/right": 0.4, "reward/why/no_answer": 0.4}
+  assert why_counts(scores_of()) == why_counts(Scores(*np.zeros((3, 2)))) == {}
+
+
+def test_the_number_of_reasons_is_bounded():
+  counts = why_counts(scores_of(*["often"] * 5, *map(str, range(100)), "other"), most=3)
+  assert len(counts) <= 4
+  assert counts["reward/why/often"] == 5 / 106
+  assert sum(counts.values()) == pytest.approx(1.0)
+
+
+# What a config may say
+
+
+@pytest.mark.parametrize(
+  ("name", "options", "message"),
+  [
+    ("mth", {}, "config.reward.name is 'mth'; did you mean math?"),
+    ("xyz", {}, "want one of by_source, .*package.module:function"),
+    (3, {}, "config.reward.name is 3"),
+    ("math", 3, "config.reward.options is 3"),
+    ("math", {"timout": 1.0}, "config.reward.options.timout is unknown; did you mean timeout?"),
+    ("countdown", {"text": 1.0}, "config.reward.options.text is unknown"),
+    ("length", {"buffer": 3}, "config.reward.options lacks max_length"),
+    ("math", {"on_error": "skip"}, "config.reward.options.on_error is 'skip'; want one of fail, zero"),
+    ("weighted", {}, "lacks terms"),
+    ("weighted", {"terms": {}}, "terms is {}"),
+    ("weighted", {"terms": {"a": {"nme": "math"}}}, "config.reward.options.terms.a is .* at least name"),
+    ("weighted", {"terms": {"a": {"name": "math", "wait": 1}}}, "terms.a.wait is unknown; did you mean weight?"),
+    ("weighted", {"terms": {"a": {"name": "math", "weight": "1"}}}, "terms.a.weight is '1'; want a number"),
+    ("weighted", {"terms": {"a": {"name": "mat"}}}, "terms.a.name is 'mat'; did you mean math?"),
+    ("weighted", {"terms": {"a": {"name": "math", "options": {"form": 1}}}}, "terms.a.options.form is unknown"),
+    ("by_source", {"x": {"name": "by_source", "options": {"y": {"name": "cod"}}}}, "x.options.y.name is 'cod'; .*code"),
+    ("json:dmps", {}, "config.reward.name is 'json:dmps': json has no callable dmps; did you mean dumps?"),
+    ("no.such:reward", {}, "module no.such cannot be imported"),
+  ],
+)
+def test_a_mistake_in_a_reward_is_told_with_its_key_and_a_cure(name, options, message):
+  with pytest.raises(ValueError, match=message):
+    check_reward(name, options, "config.reward")
+
+
+def test_rewards_of_all_kinds_pass_the_check():
+  think = {"name": "format", "options": {"form": "think"}}
+  terms = {"answer": {"name": "math"}, "form": {**think, "weight": 0.1}}
+  nested = {"gsm8k": {"name": "weighted", "options": {"terms": terms, "success": "answer"}}, "*": think}
+  check_reward("by_source", {**nested, "on_error": "zero"})
+  check_reward("code", {"wall_seconds": 3.0})
+
+
+def test_rewards_within_rewards_are_found_by_name():
+  terms = {"it": {"name": "math"}, "long": {"name": "length", "options": {"max_length": 9, "buffer": 3}}}
+  nested = {"a": {"name": "weighted", "options": {"terms": terms, "success": "it"}}, "on_error": "zero"}
+  assert reward_names("by_source", nested) == {"by_source", "weighted", "math", "length"}
+  assert reward_names("math", {"forms": ("boxed",)}) == {"math"}
+
+
+# The document
+
+
+DOCUMENT = (pathlib.Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+
+
+def test_the_documents_code_prints_what_it_says(capsys, monkeypatch):
+  monkeypatch.setattr(sys, "path", sys.path[:])
+  blocks = re.findall(r"^```python\n(.*?)^```$(?:\n\nprints\n\n```\n(.*?)^```$)?", DOCUMENT, re.MULTILINE | re.DOTALL)
+  assert len(blocks) == DOCUMENT.count("```python") > 1
+  for code, printed in blocks:
+    exec(compile(code, "docs/rewards.md", "exec"), {})
+    assert capsys.readouterr().out == printed
+
+
+def test_the_document_lists_every_reward_and_every_option():
+  rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", DOCUMENT, re.MULTILINE))
+  assert rows.keys() == REWARDS.keys()
+  for name, made in REWARDS.items():
+    parameters = list(inspect.signature(made).parameters)[0 if isinstance(made, type) or name in COMPOSED else 2 :]
+    assert set(parameters) - {"limits", "sources"} <= set(re.findall(r"`(\w+)`", rows[name])), name

@@ -12,6 +12,7 @@ import ml_collections
 import pytest
 import tiny
 
+from experiments import run_state
 from experiments.config_io import read_config
 from experiments.wiring import build, rl_optimizer
 from rspo_jax import mesh
@@ -39,7 +40,11 @@ SETTINGS = {
   "checkpoint.every": 1,
   "runtime.cpu_devices": 2,
   # Everything that can be on at once: a continued run has to bring back a reference policy, an optimizer that differs
-  # by phase, and further rounds of sampling.
+  # by phase, further rounds of sampling, completions under way, and a curriculum.
+  "sampling.rows": 8,
+  "rl.oversampling": 4,
+  "rl.carry_over": 2,
+  "curriculum.high": 0.9,
   "objective.kl_coefficient": 0.01,
   "router.freeze": True,
   "router.replay": "scoring",
@@ -97,7 +102,8 @@ def results(workdir):
   parts = build(read_config(given))
   optimizer, _ = rl_optimizer(parts.config)
   with Checkpoints(workdir, read_only=True) as checkpoints:
-    restored = checkpoints.restore(mesh.abstract_state(parts.policy, optimizer, parts.layout))
+    state = mesh.abstract_state(parts.policy, optimizer, parts.layout)
+    restored = checkpoints.restore(lambda meta: run_state.abstract(state, meta, parts.layout))
   return [deterministic(row) for row in read_metrics(workdir / "metrics.jsonl")], fingerprints(restored.state)
 
 
@@ -115,12 +121,14 @@ def test_a_run_leaves_everything_the_readme_promises(reference):
   assert list((workdir / "plots").glob("*.png"))
   assert list((workdir / "tensorboard").rglob("events.out.tfevents.*"))
   assert "warm_start" in output and "rl" in output
+  assert "continuous batching compiles: decode 8 rows" in output
   summary = json.loads((workdir / "summary.json").read_text())
   assert summary["held_out"]["distinct_problems"] == 20
   rows = read_metrics(workdir / "metrics.jsonl")
   assert [row["step"] for row in rows if row["phase"] == "warm_start"] == [1, 2, 3, 4]
   written = set().union(*rows) - {"phase", "step", "time"}
-  assert written - {"memory/peak_bytes"} == set(METRICS) - {"memory/peak_bytes"}
+  reasons = {name for name in written if name.startswith("reward/why/")}
+  assert reasons and written - reasons - {"memory/peak_bytes"} == set(METRICS) - {"memory/peak_bytes"}
 
 
 def test_a_run_killed_anywhere_continues_to_bitwise_the_same_end(reference, cache, tmp_path):

@@ -54,6 +54,10 @@ def run(item):
   elif what == "large":
     return b"x" * more[0]
   return item
+
+def prepare(argument):
+  started = os.getpid()
+  return lambda item: (argument, item, started == os.getpid())
 """
 
 
@@ -163,6 +167,11 @@ def test_a_worker_loads_neither_jax_nor_the_callers_main_module_nor_our_package(
   with make(workers=1) as pool:
     (modules,) = pool.map(["modules"])
   assert not {name.partition(".")[0] for name in modules.value} & {"jax", "numpy", "rspo_jax", "pytest"}
+
+
+def test_an_argument_is_for_the_function_that_makes_the_one_to_run():
+  with WorkerPool("pool_items:prepare", argument="{1}", workers=1, timeout=5.0) as pool:
+    assert pool.map(["a", "b"]) == ok(("{1}", "a", True), ("{1}", "b", True))
 
 
 def test_closing_ends_busy_and_idle_workers():

@@ -1,0 +1,58 @@
+"""A tiny mixture-of-experts model learns Knights and Knaves with RSPO on a laptop CPU, in minutes.
+
+python -m experiments.train --config=experiments/configs/knights_tiny.py --workdir=runs/knights_tiny
+"""
+
+from experiments.config import (
+  CheckpointConfig,
+  DataConfig,
+  EvaluationConfig,
+  ExperimentConfig,
+  OptimizerConfig,
+  RewardConfig,
+  RLConfig,
+  SamplingConfig,
+  WarmStartConfig,
+)
+from experiments.config_io import config_dict
+from models.config import TransformerConfig
+
+
+def get_config():
+  return config_dict(
+    ExperimentConfig(
+      seed=0,
+      model=TransformerConfig(
+        vocab_size=29,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        rope_theta=10_000.0,
+      ),
+      data=DataConfig(
+        name="knights",
+        options={"people": 3, "depth": 1, "train": 4096, "test": 512, "seed": 0},
+      ),
+      reward=RewardConfig(name="knights", options={"format_reward": 0.1}),
+      sampling=SamplingConfig(max_new_tokens=8),
+      warm_start=WarmStartConfig(
+        steps=130,
+        batch_size=128,
+        optimizer=OptimizerConfig(learning_rate=4e-3, final_fraction=0.1),
+      ),
+      rl=RLConfig(
+        steps=400,
+        prompts=64,
+        samples_per_prompt=8,
+        minibatches=4,
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=30, final_fraction=0.1),
+      ),
+      evaluation=EvaluationConfig(batch_problems=64),
+      checkpoint=CheckpointConfig(every=100),
+    )
+  )
