@@ -18,7 +18,6 @@ from benchmarks.workers import Case
 from models.config_json import config_from_hf
 from models.policy import build_policy
 from rspo_jax import mesh, objectives
-from rspo_jax.continuous import ContinuousSampler
 from rspo_jax.mismatch import MismatchOptions
 from rspo_jax.parameters import ROUTER
 from rspo_jax.probing import make_gradient_noise, make_replay_probe
@@ -44,7 +43,7 @@ class Setup(NamedTuple):
   state: TrainState
 
 
-def _setup(devices: int | None, split: str = "data") -> Setup:
+def make_setup(devices: int | None, split: str = "data") -> Setup:
   """All devices on one axis of the mesh: "data" splits the rows only, "expert" the experts of every layer as well."""
   _start(devices)
   layout = mesh.make_layout({split: -1})
@@ -69,7 +68,7 @@ def sampling(devices: int | None = None) -> Case:
 
   The experts are split over the devices: a few rows a step otherwise make every device read every expert.
   """
-  setup = _setup(devices, split="expert")
+  setup = make_setup(devices, split="expert")
   tokens, valid = _rows(setup.layout, PROMPT_TOKENS)
   draw = _sampler(setup)
   rollout = draw(setup.state.params, tokens, valid, jax.random.key(0))
@@ -82,52 +81,9 @@ def sampling(devices: int | None = None) -> Case:
   )
 
 
-def rollout_speed(rounds: int = 5, devices: int | None = None) -> dict[str, Any]:
-  """Continuous batching against the batch-synchronous sampler where lengths have a long tail.
-
-  256 prompts of 32 tokens; lengths are log-normal, cut off at 8 times their median of 32. Both decode 64 rows at once:
-  the synchronous sampler four batches one after the other, the continuous one whatever is next. They take turns.
-
-  Returns:
-    {"ratio": [[cpu, wall], ...] of synchronous over continuous, "tokens": drawn by each, "seconds": [[synchronous,
-    continuous], ...], "same": share of completions that are equal}.
-  """
-  total, rows, median, longest = 4 * PROMPTS, PROMPTS, 32, 256
-  setup = _setup(devices, split="expert")
-  rng = np.random.default_rng(0)
-  limits = np.clip(np.exp(rng.normal(np.log(median), 1.0, total)), 1, longest).astype(np.int32)
-  tokens = rng.integers(0, CONFIG.vocab_size, (total, PROMPT_TOKENS)).astype(np.int32)
-  valid, key, options = np.ones(tokens.shape, bool), jax.random.key(1), SamplingOptions(max_new_tokens=longest)
-  run = jax.jit(functools.partial(sample, setup.policy, options=options))
-  engine = ContinuousSampler(
-    setup.policy, options, rows=rows, prompt_length=PROMPT_TOKENS, buckets=(PROMPT_TOKENS,), layout=setup.layout
-  )
-
-  def synchronous():
-    parts = []
-    for first in range(0, total, rows):
-      part = slice(first, first + rows)
-      placed = mesh.put_batch((tokens[part], valid[part], limits[part]), setup.layout)
-      parts.append(jax.device_get(run(setup.state.params, *placed[:2], key, first_row=first, limits=placed[2])))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-  def continuous():
-    return engine(setup.state.params, tokens, valid, key, limits=limits)
-
-  wanted, found = synchronous(), continuous()
-  same = np.all(wanted.tokens == found.tokens, axis=1).mean()
-  spent = [(clocked(synchronous)(), clocked(continuous)()) for _ in range(rounds)]
-  return {
-    "ratio": [(a.cpu / b.cpu, a.wall / b.wall) for a, b in spent],
-    "seconds": [(a.wall, b.wall) for a, b in spent],
-    "tokens": int(found.action_mask.sum()),
-    "same": float(same),
-  }
-
-
 def scoring(devices: int | None = None) -> Case:
   """Log-probabilities, entropies and the routing trace of 64 rows of 96 tokens."""
-  setup = _setup(devices)
+  setup = make_setup(devices)
   tokens, valid = _rows(setup.layout, ROW_TOKENS)
   run = jax.jit(functools.partial(score, setup.policy))
   trace = run(setup.state.params, tokens, valid).trace
@@ -163,7 +119,7 @@ def _step(setup: Setup, objective: str, shift: ShiftOptions | None, metrics: boo
 
 def train_step(objective: str = "grpo", devices: int | None = None) -> Case:
   """One update with metrics on 64 rows of 96 tokens. The defaults are the peer's loss, and our own metrics on top."""
-  setup = _setup(devices)
+  setup = make_setup(devices)
   batch, step, state = _batch(setup), _step(setup, objective, None), setup.state
 
   def call() -> Any:
@@ -190,7 +146,7 @@ def shift_cost(rounds: int = 60, devices: int | None = None) -> dict[str, Any]:
   Returns:
     {"shift": ratios, "control": ratios}: per round, CPU seconds over those of the step without router shift.
   """
-  setup = _setup(devices)
+  setup = make_setup(devices)
   batch = _batch(setup)
   states = [jax.tree.map(jnp.copy, setup.state) for _ in range(3)]
   steps = [_step(setup, "gmpo", shift) for shift in (ShiftOptions(), None, None)]
@@ -241,7 +197,7 @@ def strategy_cost(rounds: int = 9, devices: int | None = None) -> dict[str, Any]
   Returns:
     {"step": {name: [[cpu ratio, wall ratio], ...]}, "probe": the same for the costly diagnostics}.
   """
-  setup = _setup(devices)
+  setup = make_setup(devices)
   batch = _batch(setup)
   calls = {}
 
@@ -296,7 +252,7 @@ def compile_seconds(case: str, cache: str, devices: int | None = None) -> dict[s
 
   jax.monitoring.register_event_listener(count)
   start = time.perf_counter()
-  setup = _setup(devices)
+  setup = make_setup(devices)
   if case == "sampling":
     program = _sampler(setup)
     arguments = (setup.state.params, *_rows(setup.layout, PROMPT_TOKENS), jax.random.key(0))
