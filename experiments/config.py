@@ -329,7 +329,7 @@ class ExperimentConfig:
     pretrained: where the parameters come from: a Hugging Face folder, one of `experiments.convert`, or another run's
       workdir; '' draws them at random. With `model.lora.rank` above 0 they stay as they are, and adapters are trained.
     tokenizer: a folder with a `tokenizer.json`; 'bytes' has a token for each byte of UTF-8; '' has one for
-      each character of the data set (`rspo_jax.data.ALPHABETS`).
+      each character of the data set (`rspo_jax.datasets.ALPHABETS`).
   """
 
   seed: int

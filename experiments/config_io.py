@@ -12,7 +12,7 @@ import ml_collections
 from experiments.config import EvaluationConfig, ExperimentConfig
 from models.config import TransformerConfig
 from rspo_jax import advantages, mismatch, objectives
-from rspo_jax.data import DATASETS
+from rspo_jax.datasets import DATASETS
 from rspo_jax.rewards import check_reward, reward_names
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from absl import logging
 
 from experiments.config import DataConfig
-from rspo_jax.data import ALPHABETS, DATASETS, Split
+from rspo_jax.data import Split
+from rspo_jax.datasets import ALPHABETS, DATASETS
 from rspo_jax.hf_tokenizer import HFTokenizer, load_tokenizer
 from rspo_jax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 

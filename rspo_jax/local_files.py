@@ -84,7 +84,7 @@ def load(spec: FilesSpec, root: Path, on_broken: str) -> dict[str, Split]:
   Args:
     root: folder that relative paths are relative to. on_broken: see `data.read_split`.
   Raises:
-    ValueError: see `data.load_files`.
+    ValueError: see `datasets.load_files`.
   """
   named = {split: paths for split in ("train", "test") if (paths := getattr(spec, split))}
   files = {split: find_files(root, paths, split) for split, paths in named.items()}

@@ -13,7 +13,8 @@ from rspo_jax import countdown_tfds
 from rspo_jax.countdown import check, prompt_text
 from rspo_jax.countdown_problems import CountdownSpec, make_problems
 from rspo_jax.countdown_tfds import CountdownConfig
-from rspo_jax.data import DATASETS, Example, Split, batches, cache_dir, load_countdown, read_split
+from rspo_jax.data import Example, Split, batches, read_split
+from rspo_jax.datasets import DATASETS, cache_dir, load_countdown
 
 SPEC = {"train": 120, "test": 40, "seed": 5}
 
@@ -77,7 +78,7 @@ def test_operators_in_any_order_are_one_data_set():
 
 def test_two_processes_that_prepare_at_once_both_read_the_whole(tmp_path):
   code = (
-    "import sys; from rspo_jax.data import load_countdown; s = load_countdown(sys.argv[1], train=300, test=30);"
+    "import sys; from rspo_jax.datasets import load_countdown; s = load_countdown(sys.argv[1], train=300, test=30);"
     "print(len(s['train']), len(s['test']), s['test'][7].prompt, any(m.startswith('tensorflow.') for m in sys.modules))"
   )
   command = [sys.executable, "-c", code, str(tmp_path)]

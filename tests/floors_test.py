@@ -30,6 +30,7 @@ FLOORS = {
   "probing": 2,
   "mesh": 3,
   "data": 3,
+  "datasets": 3,
   "local_files": 3,
   "record_files": 3,
   "curriculum": 3,

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from rspo_jax.code_rewards import task_of
-from rspo_jax.data import DATASETS, load_files
+from rspo_jax.datasets import DATASETS, load_files
 from rspo_jax.local_files import FilesSpec, field_of, parse_template
 from rspo_jax.math_rewards import gold_answers
 from tests import math_cases

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from rspo_jax.data import DATASETS, Example, Split, batches, load_mixture, walk
+from rspo_jax.data import Example, Split, batches, walk
+from rspo_jax.datasets import DATASETS, load_mixture
 
 FILES = {"name": "files", "options": {"prompt": "q", "gold": "a"}}
 

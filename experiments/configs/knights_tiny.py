@@ -1,5 +1,9 @@
 """A tiny mixture-of-experts model learns Knights and Knaves with RSPO on a laptop CPU, in minutes.
 
+What it shows: three islanders, statements with one "and" or "or" at most. After a short warm start on right answers
+RSPO nearly doubles the success on problems that training never saw, under any names: measured 0.44 before and 0.84
+after (guessing: 0.125). What it costs: five minutes on two CPU cores.
+
 python -m experiments.train --config=experiments/configs/knights_tiny.py --workdir=runs/knights_tiny
 """
 
@@ -8,6 +12,7 @@ from experiments.config import (
   DataConfig,
   EvaluationConfig,
   ExperimentConfig,
+  ObjectiveConfig,
   OptimizerConfig,
   RewardConfig,
   RLConfig,
@@ -36,10 +41,21 @@ def get_config():
       ),
       data=DataConfig(
         name="knights",
-        options={"people": 3, "depth": 1, "train": 4096, "test": 512, "seed": 0},
+        options={
+          "people": 3,
+          "depth": 1,
+          "operators": "&|",
+          "train": 7200,
+          "test": 256,
+          "namings": 6,
+          "style": "compact",
+          "seed": 0,
+        },
       ),
       reward=RewardConfig(name="knights", options={"format_reward": 0.1}),
       sampling=SamplingConfig(max_new_tokens=8),
+      # A problem has one right answer and eight samples soon agree on one: entropy and fresh groups keep RL learning.
+      objective=ObjectiveConfig(entropy_coefficient=0.2),
       warm_start=WarmStartConfig(
         steps=130,
         batch_size=128,
@@ -50,7 +66,8 @@ def get_config():
         prompts=64,
         samples_per_prompt=8,
         minibatches=4,
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=30, final_fraction=0.1),
+        dynamic_sampling_rounds=8,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=30, final_fraction=0.1),
       ),
       evaluation=EvaluationConfig(batch_problems=64),
       checkpoint=CheckpointConfig(every=100),
