@@ -1,6 +1,7 @@
 """F3: continuous batching. A row that is through takes the next waiting prompt, so long answers do not idle the others.
 
-The rows are decoded together until some of them are through; then the host collects those and fills the rows anew. The
+The rows are decoded together until some of them are through; then the host collects those and fills the rows anew.
+When nobody waits any more, the last rows move together into fewer: a step reads the cache of every row there is. The
 draws are those of `rspo_jax.sampling.sample`: a completion depends on its key, its number and its prompt alone.
 """
 
@@ -33,6 +34,8 @@ class ContinuousSampler:
     buckets: lengths that prompts are padded to, the last one prompt_length; one program each. By default a quarter, a
       half and the whole of it.
     continues: completions may come that are begun already; two more lengths for a prompt and what is drawn of it.
+    shrink: by what the number of rows is divided at the end, twice as rows are through; one program for each number. 1
+      keeps all rows.
     layout: the mesh; rows and prompts_at_once are multiples of its batch shards.
 
   Attributes:
@@ -53,6 +56,7 @@ class ContinuousSampler:
     prompts_at_once: int | None = None,
     buckets: Sequence[int] | None = None,
     continues: bool = False,
+    shrink: int = 4,
     layout: Layout | None = None,
   ):
     shards = layout.batch_shards if layout else 1
@@ -61,17 +65,27 @@ class ContinuousSampler:
     wanted = prompts_at_once or max(1, self._refill // options.samples_per_prompt)
     self._prompts_at_once = -(-wanted // shards) * shards
     self._buckets = tuple(buckets or sorted({-(-prompt_length // 4), -(-prompt_length // 2), prompt_length}))
-    if rows < 1 or rows % shards or not 1 <= self._refill <= rows:
+    if rows < 1 or rows % shards or not 1 <= self._refill <= rows or shrink < 1:
       raise ValueError(
-        f"rows is {rows} and refill {self._refill}; want rows in multiples of {shards}, refill up to rows."
+        f"rows is {rows}, refill {self._refill} and shrink {shrink}; want rows in multiples of {shards}, refill up to "
+        "rows, and shrink 1 or more."
       )
     if self._buckets[-1] != prompt_length or list(self._buckets) != sorted(set(self._buckets)) or self._buckets[0] < 1:
       raise ValueError(f"buckets are {self._buckets}; want rising lengths, the last one {prompt_length}.")
     new, size = options.max_new_tokens, prompt_length + options.max_new_tokens
     self._continued = tuple(sorted({prompt_length + -(-new // 2), size})) if continues else ()
+    self._sizes = [rows]
+    while (
+      shrink > 1
+      and len(self._sizes) < 3
+      and (fewer := -(-self._sizes[-1] // (shrink * shards)) * shards) < self._sizes[-1]
+    ):
+      self._sizes.append(fewer)
     bind = functools.partial
     self._prepare = jax.jit(lambda params: policy.for_decode(params, size))
-    self._empty = bind(slots.empty_slots, policy, options, rows, size)
+    self._empty = lambda rows: slots.empty_slots(policy, options, rows, size)
+    self._start = jax.jit(bind(self._empty, rows), out_shardings=self._shardings(rows))
+    self._regroup = {count: jax.jit(slots.regroup, out_shardings=self._shardings(count)) for count in self._sizes}
     self._read = jax.jit(bind(slots.read_prompts, policy, options))
     self._fill = jax.jit(bind(slots.fill, policy, options), donate_argnums=2)
     self._decode = jax.jit(bind(slots.decode, policy, options), donate_argnums=2)
@@ -82,6 +96,7 @@ class ContinuousSampler:
     self.programs = (
       *(f"read {self._prompts_at_once} prompts of {length} tokens" for length in lengths),
       f"fill {self._refill} of {rows} rows, one for each of {len(lengths)} lengths",
+      *(f"decode {count} rows of up to {size} tokens, at the end" for count in reversed(self._sizes[1:])),
       f"decode {rows} rows of up to {size} tokens, cache {self.cache_bytes:,} bytes",
     )
     _check_memory(self.cache_bytes, rows)
@@ -124,7 +139,7 @@ class ContinuousSampler:
     Returns:
       All completions in the order of their numbers. After a stop some are not through, and can be drawn on later.
     """
-    weights, state = self._prepare(params), jax.jit(self._empty, out_shardings=self._shardings())()
+    weights, state = self._prepare(params), self._start()
     known = {completion.number: completion for completion in waiting}
     queue = _Queue(
       functools.partial(self._read_prompts, weights),
@@ -145,10 +160,16 @@ class ContinuousSampler:
         queue.add(more)
       if not queue and not np.any(owner >= 0):
         break
-      state = self._seat(weights, key, state, queue, owner)
+      if queue:
+        state, owner = self._resize(state, owner, self._rows)
+        state = self._seat(weights, key, state, queue, owner)
       busy = int(np.sum(owner >= 0))
-      # Without a word to say in between, the last rows run to their ends in one go.
-      least = max(1, busy - self._refill + 1) if queue or after is not None else 1
+      fewer = 0
+      if not queue:
+        state, owner = self._resize(state, owner, min(size for size in self._sizes if size >= busy))
+        fewer = max((size for size in self._sizes if size < busy), default=0)
+      # Without a word to say in between, the last rows run until they fit into fewer.
+      least = max(1, busy - self._refill + 1) if queue or after is not None else fewer + 1
       state = self._decode(weights, key, state, jnp.int32(self._options.max_new_tokens), jnp.int32(least))
       running = mesh.fetch(state.running)
       through = np.flatnonzero((owner >= 0) & ~running)
@@ -157,14 +178,23 @@ class ContinuousSampler:
     self._collect(state, np.flatnonzero(owner >= 0), owner, known, queue, version)
     return [known[number] for number in sorted(known)]
 
+  def _resize(self, state: slots.Slots, owner: np.ndarray, count: int) -> tuple[slots.Slots, np.ndarray]:
+    """The rows that are in use, moved into `count` rows."""
+    if len(owner) == count:
+      return state, owner
+    used = np.flatnonzero(owner >= 0)
+    sources, live = np.zeros(count, np.int32), np.arange(count) < len(used)
+    sources[: len(used)] = used
+    return self._regroup[count](state, sources, live), np.where(live, owner[sources], -1)
+
   def _read_prompts(self, weights: Params, tokens: np.ndarray, valid: np.ndarray) -> slots.Prompts:
     return self._read(weights, *(mesh.put_batch((tokens, valid), self._layout) if self._layout else (tokens, valid)))
 
-  def _shardings(self) -> Any:
+  def _shardings(self, rows: int) -> Any:
     if self._layout is None:
       return None
-    rows, everywhere = self._layout.sharding("batch"), self._layout.sharding()
-    return jax.tree.map(lambda leaf: rows if leaf.ndim else everywhere, jax.eval_shape(self._empty))
+    split, everywhere = self._layout.sharding("batch"), self._layout.sharding()
+    return jax.tree.map(lambda leaf: split if leaf.ndim else everywhere, jax.eval_shape(lambda: self._empty(rows)))
 
   def _seat(self, weights: Params, key: jax.Array, state: slots.Slots, queue: "_Queue", owner: np.ndarray):
     """Fills the free rows from the queue; one call fills rows from one batch of prompts."""

@@ -181,5 +181,11 @@ def decode(
   return jax.lax.while_loop(more, body, (jnp.int32(0), slots))[1]
 
 
+def regroup(slots: Slots, sources: Array, live: Array) -> Slots:
+  """Another number of rows: row i is what row sources[i] was, or empty where live[i] is False; both [B']."""
+  moved = jax.tree.map(lambda leaf: leaf[sources] if leaf.ndim else leaf, slots)
+  return moved._replace(running=moved.running & live)
+
+
 def _stops(options: SamplingOptions, tokens: Array) -> Array:
   return jnp.isin(tokens, jnp.asarray(options.stop_ids, jnp.int32))
