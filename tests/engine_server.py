@@ -32,6 +32,7 @@ class EngineServer:
     handler = type("Handler", (_Handler,), {"engine": self})
     self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     self._server.daemon_threads = True
+    self._server.handle_error = lambda request, address: None  # clients that go away are part of the tests
     self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
     threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
