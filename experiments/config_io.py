@@ -78,6 +78,22 @@ def read_config(given: ml_collections.ConfigDict) -> ExperimentConfig:
   ):
     if value < least:
       raise ValueError(f"{what} is {value}; want {least} or more.")
+  for what, value, known in (
+    ("config.objective.kl_in", config.objective.kl_in, ("loss", "reward")),
+    ("config.objective.baseline", config.objective.baseline, (None, *advantages.BASELINES)),
+    ("config.objective.scale", config.objective.scale, (None, *advantages.SCALES)),
+    ("config.router.replay", config.router.replay, ("none", "scoring", "sampler")),
+    ("config.mismatch.correction", config.mismatch.correction, ("none", *mismatch.CORRECTIONS)),
+  ):
+    if value not in known:
+      raise ValueError(f"{what} is {value!r}; want one of {', '.join(filter(None, known))}.")
+  _check_rollouts(config)
+  _check_evaluation(config.evaluation)
+  _check_engine(config)
+  return config
+
+
+def _check_rollouts(config: ExperimentConfig) -> None:
   if (config.rl.oversampling or config.rl.carry_over) and not config.sampling.rows:
     raise ValueError(
       "config.rl.oversampling and carry_over need continuous batching; set config.sampling.rows, for example to half "
@@ -93,18 +109,11 @@ def read_config(given: ml_collections.ConfigDict) -> ExperimentConfig:
       f"config.rl.prompts is {config.rl.prompts}, which does not divide into {config.rl.minibatches} minibatches of "
       f"{config.rl.microbatches} microbatches; make it a multiple of config.rl.minibatches * config.rl.microbatches."
     )
-  for what, value, known in (
-    ("config.objective.kl_in", config.objective.kl_in, ("loss", "reward")),
-    ("config.objective.baseline", config.objective.baseline, (None, *advantages.BASELINES)),
-    ("config.objective.scale", config.objective.scale, (None, *advantages.SCALES)),
-    ("config.router.replay", config.router.replay, ("none", "scoring", "sampler")),
-    ("config.mismatch.correction", config.mismatch.correction, ("none", *mismatch.CORRECTIONS)),
-  ):
-    if value not in known:
-      raise ValueError(f"{what} is {value!r}; want one of {', '.join(filter(None, known))}.")
-  _check_evaluation(config.evaluation)
-  _check_engine(config)
-  return config
+  if not 0.0 <= config.curriculum.low <= config.curriculum.high <= 1.0:
+    raise ValueError(
+      f"config.curriculum.low is {config.curriculum.low} and high {config.curriculum.high}; want success rates with "
+      "0 <= low <= high <= 1."
+    )
 
 
 def _check_engine(config: ExperimentConfig) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import select
 import shutil
 import signal
@@ -169,7 +170,9 @@ class Process:
     code = self._popen.returncode
     stdout, stderr = (bytes(written) for written in self._written.values())
     if not stopped and not stdout.startswith(sandbox_guest.STARTED):
-      reason = stderr.decode(errors="replace").strip().rpartition("\n")[2]
+      # Two processes may have raised at once, and the end of one cuts the other's trace off.
+      lines = stderr.decode(errors="replace").strip().splitlines() or [""]
+      reason = next((line for line in reversed(lines) if re.match(r"\w*Error\b", line)), lines[-1])
       raise RuntimeError(
         f"A sandbox could not be set up: {reason} (exit status {code}). If others could before, the machine is short "
         "of memory or processes: run fewer programs at a time."

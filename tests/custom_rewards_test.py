@@ -112,7 +112,7 @@ def test_a_raising_reward_is_an_error_that_names_the_row_or_is_survived(workers)
 
 
 def test_a_hanging_reward_is_killed_and_counted_and_costs_only_itself(caplog):
-  reward = make_reward("my_rewards:odd", timeout=1.0, workers=1, on_error="zero")
+  reward = make_reward("my_rewards:odd", timeout=2.0, workers=1, on_error="zero")
   begin = time.monotonic()
   scores = score_completions(reward, ["ok", "hang", "end", "ok"], [EXAMPLE] * 4)
   assert time.monotonic() - begin < 20

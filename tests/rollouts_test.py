@@ -211,6 +211,8 @@ def test_carrying_over_needs_continuous_batching_and_room(make):
     read_config(changed(rl__carry_over=1))
   with pytest.raises(ValueError, match="less than config.rl.prompts"):
     make(rl__oversampling=PROMPTS)
+  with pytest.raises(ValueError, match=r"config.curriculum.low is 0.9 and high 0.5"):
+    make(curriculum__low=0.9, curriculum__high=0.5)
 
 
 def test_parts_have_what_these_tests_stand_in_for():
