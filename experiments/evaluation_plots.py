@@ -44,15 +44,15 @@ def _draw_bars(axes: Axes, rows: Mapping[str, Mapping[str, Any]], benchmarks: in
       ends = [100 * average["low"], 100 * average["high"]]
       axes.plot(ends, [place] * 2, color=BLACK, linewidth=1.5, marker="|", markersize=8, zorder=4)
     majority = max((m for m in found if m.startswith("maj@")), key=k_of, default=None)
-    for measure, label, marker, marker_color in (
-      ("greedy", "greedy", "D", ORANGE),
-      (majority, "maj@n", "o", GREEN),
+    for measure, label, marker, marker_color, height in (
+      ("greedy", "greedy", "D", ORANGE, -0.12),  # above and below the line, for they are often equal
+      (majority, "maj@n", "o", GREEN, 0.12),
     ):
       if measure in found:
         shown = label if label not in drawn else None
         drawn.add(label)
         axes.plot(
-          100 * found[measure]["value"], place, marker, color=marker_color, markersize=6, label=shown,
+          100 * found[measure]["value"], place + height, marker, color=marker_color, markersize=6, label=shown,
           markeredgecolor="white", markeredgewidth=0.8, linestyle="none", zorder=5, clip_on=False,
         )  # fmt: skip
   axes.set_yticks(range(len(rows)), list(rows))
