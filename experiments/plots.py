@@ -259,13 +259,18 @@ def _dress(axes, panel: Panel, last_step: int, left_out: int) -> None:
     _set_bounds(axes, *panel.bounds)
   low, high = axes.get_ylim()
   zero = 0.0 if panel.log else 1e-9 * (high - low)  # a tick at 0 may come as 1e-17
-  axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{0.0 if abs(y) < zero else y:,.10g}"))
+  axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: _tick(0.0 if abs(y) < zero else y)))
   if left_out:
     axes.annotate(
       f"{left_out} values left out: not finite{' or not positive' if panel.log else ''}",
       (1, 0), xytext=(0, 3), xycoords="axes fraction", textcoords="offset points",
       ha="right", va="bottom", fontsize=7, color=ORANGE,
     )  # fmt: skip
+
+
+def _tick(value: float) -> str:
+  """Short enough for the room that every picture has: 200k for 200,000."""
+  return f"{value / 1000:,.10g}k" if abs(value) >= 10_000 else f"{value:,.10g}"
 
 
 def _set_bounds(axes, wanted_low: float | None, wanted_high: float | None) -> None:

@@ -330,3 +330,9 @@ def test_smoothing_keeps_a_line_and_skips_gaps():
     np.testing.assert_allclose(plots.smooth(line, width)[inner], line[inner])
   np.testing.assert_allclose(plots.smooth(np.array([1.0, np.nan, 3.0, 5.0]), 3), [1, 2, 4, 4])
   assert np.isnan(plots.smooth(np.array([np.nan, np.nan, np.nan, np.nan, 1.0]), 3)[:3]).all()
+
+
+def test_large_numbers_at_an_axis_are_short():
+  assert [plots._tick(value) for value in (0.0, 0.25, 9_999, 50_000, 200_000, 1_250_000)] == [
+    "0", "0.25", "9,999", "50k", "200k", "1,250k",
+  ]  # fmt: skip
