@@ -59,7 +59,7 @@ def _rows(layout: Layout, length: int) -> Any:
 
 
 def _sampler(setup: Setup) -> Any:
-  options = SamplingOptions(max_new_tokens=NEW_TOKENS)
+  options = SamplingOptions(max_new_tokens=NEW_TOKENS, cache_sizes=4)
   return jax.jit(functools.partial(sample, setup.policy, options=options))
 
 

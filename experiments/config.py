@@ -75,6 +75,7 @@ class SamplingConfig:
   Attributes:
     rows: decoded at once by continuous batching (`rspo_jax.continuous`), which pays where lengths differ much; 0
       decodes all completions of a call together.
+    cache_sizes: of the cache when all are decoded together; more of them speed up long completions and compile longer.
     engine: root of an outside engine's server, several with commas; '' draws here (docs/outside_engine.md).
     engine_kind: "sglang" or "vllm", how it is told of new weights. engine_folder: where these are written for it, as a
       Hugging Face folder that it sees under the same path. engine_model: the model's name in requests; '' for none.
@@ -83,6 +84,7 @@ class SamplingConfig:
 
   max_new_tokens: int = 16
   rows: int = 0
+  cache_sizes: int = 1
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0

@@ -67,6 +67,7 @@ def read_config(given: ml_collections.ConfigDict) -> ExperimentConfig:
     ("config.checkpoint.every", config.checkpoint.every, 1),
     ("config.rl.dynamic_sampling_rounds", config.rl.dynamic_sampling_rounds, 1),
     ("config.rl.overlong_buffer", config.rl.overlong_buffer, 0),
+    ("config.sampling.cache_sizes", config.sampling.cache_sizes, 1),
     ("config.rl.oversampling", config.rl.oversampling, 0),
     ("config.rl.carry_over", config.rl.carry_over, 0),
     ("config.router.shift_floor_updates", config.router.shift_floor_updates, 0),
@@ -98,6 +99,11 @@ def _check_rollouts(config: ExperimentConfig) -> None:
     raise ValueError(
       "config.rl.oversampling and carry_over need continuous batching; set config.sampling.rows, for example to half "
       f"of the {config.rl.prompts * config.rl.samples_per_prompt} completions of a step."
+    )
+  if config.sampling.rows and config.sampling.cache_sizes > 1:
+    raise ValueError(
+      f"config.sampling.rows is {config.sampling.rows} and cache_sizes {config.sampling.cache_sizes}: continuous "
+      "batching keeps a cache of one size. Set cache_sizes to 1, or rows to 0."
     )
   if config.rl.oversampling >= config.rl.prompts:
     raise ValueError(

@@ -61,7 +61,8 @@ class Parts(NamedTuple):
 
   def sampling_options(self, samples: int, **changed) -> SamplingOptions:
     s = self.config.sampling
-    settings = {name: getattr(s, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")} | changed
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "cache_sizes")
+    settings = {name: getattr(s, name) for name in names} | changed
     return SamplingOptions(samples_per_prompt=samples, stop_ids=self.tokenizer.stop_ids, **settings)
 
   def generate(

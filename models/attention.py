@@ -11,7 +11,8 @@ from models.rotary import rotate, score_scale
 from models.weights import weight, zeros
 from rspo_jax.types import Array
 
-# What a layer remembers of the tokens before: arrays [B, heads, S, width], written along S.
+# What a layer remembers of the tokens before: keys [B, heads, width, S] and values [B, heads, S, width], each the way
+# its product reads it (turning all keys for every token was 7 % of decoding on a CPU); or latents [B, 1, S, width].
 LayerCache = tuple[Array, ...]
 
 
@@ -34,7 +35,12 @@ def init_layer_cache(config: TransformerConfig, batch: int, slots: int) -> Layer
   if config.kv_lora_rank:
     return (jnp.zeros((batch, 1, slots, config.kv_lora_rank + config.qk_rope_head_dim), dtype),)
   empty = jnp.zeros((batch, config.num_key_value_heads, slots, config.head_dim), dtype)
-  return (empty, empty)
+  return (empty.swapaxes(2, 3), empty)
+
+
+def slot_axes(cache: LayerCache) -> tuple[int, ...]:
+  """Along which axis each array of a layer's cache holds the tokens."""
+  return (3, 2) if len(cache) == 2 else (2,)
 
 
 class RMSNorm(nn.Module):
@@ -106,13 +112,13 @@ class Attention(nn.Module):
 
     query = project("query", c.num_attention_heads, "heads", True)
     key = project("key", c.num_key_value_heads, "kv_heads", True)
-    value = project("value", c.num_key_value_heads, "kv_heads", False).swapaxes(1, 2)
+    value = project("value", c.num_key_value_heads, "kv_heads", False).swapaxes(1, 2)  # [B, Hkv, T, d]
     query = rotate(query, context.cos, context.sin, interleaved=c.rope_interleave)
-    key = rotate(key, context.cos, context.sin, interleaved=c.rope_interleave).swapaxes(1, 2)
+    key = rotate(key, context.cos, context.sin, interleaved=c.rope_interleave).transpose(0, 2, 3, 1)  # [B, Hkv, d, T]
     if cache is not None:
       cache = key, value = _extend(cache, (key, value), context.slot)
     sinks = self.param("sinks", zeros("heads"), (c.num_attention_heads,)) if c.attention_sinks else None
-    return attend(query, key, value, mask, score_scale(c), sinks), cache
+    return attend(query, key.swapaxes(2, 3), value, mask, score_scale(c), sinks), cache
 
   def _latent(self, x: Array, context: Context, mask: Array, cache: LayerCache | None):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
@@ -165,6 +171,6 @@ class Attention(nn.Module):
 
 def _extend(cache: LayerCache, new: LayerCache, slot: Array) -> LayerCache:
   return tuple(
-    jax.lax.dynamic_update_slice_in_dim(old, rows.astype(old.dtype), slot, axis=2)
-    for old, rows in zip(cache, new, strict=True)
+    jax.lax.dynamic_update_slice_in_dim(old, tokens.astype(old.dtype), slot, axis)
+    for old, tokens, axis in zip(cache, new, slot_axes(cache), strict=True)
   )

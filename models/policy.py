@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from models.attention import Context, LayerCache, RMSNorm, init_layer_cache
+from models.attention import Context, LayerCache, RMSNorm, init_layer_cache, slot_axes
 from models.config import LoraConfig, TransformerConfig
 from models.rotary import rotary_angles
 from models.transformer import Block, LayerInputs, Transformer
@@ -22,9 +22,9 @@ class KeyValueCache(NamedTuple):
   """What the sampler remembers of a batch.
 
   Attributes:
-    layers: per layer arrays [B, heads, S, width] (`models.attention.init_layer_cache`).
+    layers: per layer keys [B, heads, width, S] and values [B, heads, S, width] (`models.attention.LayerCache`).
     valid: [B, S] bool, slots to look at. position: [B] int32, how many valid tokens a row has seen.
-    slot: [] int32, the next slot to write, the same for all rows.
+    slot: [] int32, how many tokens have been written, the same for all rows; the next one goes to slot % S.
   """
 
   layers: tuple[LayerCache, ...]
@@ -68,6 +68,7 @@ def build_policy(config: TransformerConfig, layout: Layout | None = None) -> Pol
     init_cache=functools.partial(_init_cache, config),
     prefill=functools.partial(_prefill, merged, layout),
     decode=functools.partial(_decode, merged, layout),
+    grow=_grow,
     insert=_insert,
     router_log_prob=_ROUTER_LOG_PROB[config.scoring_func],
     num_moe_layers=config.num_moe_layers,
@@ -145,14 +146,15 @@ def _prefill(config, layout, params, tokens, valid, cache: KeyValueCache, *, pro
   cos, sin = (
     table.at[jnp.maximum(cache.position[:, None] + offsets - 1, 0)].get(mode="clip") for table in params["rotary"]
   )
-  remembered = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, cache.slot, axis=1)
   size = cache.valid.shape[1]
-  slots, queries = jnp.arange(size), cache.slot + jnp.arange(length)
+  first = cache.slot % size
+  remembered = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, first, axis=1)
+  slots, queries = jnp.arange(size), first + jnp.arange(length)
   # One token sees all that is remembered: in a ring, what lies behind it is older too.
   seen = remembered[:, None, :] & ((length == 1) | (slots <= queries[:, None]))
   mask = seen | (slots == queries[:, None])
   distance = (queries[:, None] - slots) % size if config.sliding_layers else None
-  context = Context(cos, sin, mask, valid, distance, cache.slot)
+  context = Context(cos, sin, mask, valid, distance, first)
 
   x = params["embedding"].astype(config.dtype)[tokens]
   layers, probes = [], []
@@ -164,7 +166,7 @@ def _prefill(config, layout, params, tokens, valid, cache: KeyValueCache, *, pro
     if config.is_moe_layer(number):
       probes.append(probed)
   hidden = RMSNorm(config.rms_norm_eps).apply({"params": params["final_norm"]}, x)
-  cache = KeyValueCache(tuple(layers), remembered, cache.position + offsets[:, -1], (cache.slot + length) % size)
+  cache = KeyValueCache(tuple(layers), remembered, cache.position + offsets[:, -1], cache.slot + length)
   return hidden, jax.tree.map(lambda *layers: jnp.stack(layers), *probes), cache
 
 
@@ -174,18 +176,33 @@ def _decode(config, layout, params, tokens, valid, cache: KeyValueCache, *, prob
   return hidden[:, 0], jax.tree.map(lambda leaf: leaf[:, :, 0], probed), cache
 
 
+def _grow(cache: KeyValueCache, slots: int) -> KeyValueCache:
+  """See `Policy.grow`."""
+  more = slots - cache.valid.shape[1]
+
+  def pad(array: Array, axis: int) -> Array:
+    return jnp.pad(array, [(0, more if axis == i else 0) for i in range(array.ndim)])
+
+  layers = tuple(tuple(map(pad, layer, slot_axes(layer))) for layer in cache.layers)
+  return cache._replace(layers=layers, valid=pad(cache.valid, 1))
+
+
 def _insert(cache: KeyValueCache, rows: Array, prompts: KeyValueCache, sources: Array) -> KeyValueCache:
   """See `Policy.insert`."""
   size, length = cache.valid.shape[1], prompts.valid.shape[1]
   slots = (cache.slot - length + jnp.arange(length)) % size
 
-  def put(old: Array, new: Array) -> Array:
-    # [n, heads, Tp, width] -> [n, Tp, heads, width], as two index arrays with a slice between want it.
-    return old.at[rows[:, None], :, slots].set(jnp.moveaxis(new[sources], 2, 1), mode="drop")
+  def put(old: Array, new: Array, axis: int) -> Array:
+    # Two index arrays with slices between want their axes, rows and slots, to come first.
+    where = (rows[:, None], *[slice(None)] * (axis - 1), slots)
+    return old.at[where].set(jnp.moveaxis(new[sources], axis, 1), mode="drop")
+
+  def put_layer(old: LayerCache, new: LayerCache) -> LayerCache:
+    return tuple(map(put, old, new, slot_axes(old)))
 
   forgotten = cache.valid.at[rows].set(False, mode="drop")
   return KeyValueCache(
-    layers=jax.tree.map(put, cache.layers, prompts.layers),
+    layers=tuple(map(put_layer, cache.layers, prompts.layers)),
     valid=forgotten.at[rows[:, None], slots].set(prompts.valid[sources], mode="drop"),
     position=cache.position.at[rows].set(prompts.position[sources], mode="drop"),
     slot=cache.slot,

@@ -72,6 +72,8 @@ class Policy(NamedTuple):
     decode: (decode params, tokens [B], valid [B], cache, *, probe) -> (hidden [B, D], probed, cache). A row whose
       `valid` is False is computed but neither routed to experts nor remembered. The cache is a ring: after its last
       slot the first is written again, so a row must begin no more than all slots ago.
+    grow: (cache, slots) -> the same with room for so many tokens, at least as many as before. No slot of it may have
+      been written twice.
     insert: (cache, rows [n] int32, prompts, sources [n] int32) -> cache whose rows `rows` have forgotten what they held
       and remember rows `sources` of the cache `prompts` instead, which was filled to its last slot: as if those tokens
       had come just before the next one. A row beyond the batch is left out.
@@ -90,6 +92,7 @@ class Policy(NamedTuple):
   init_cache: Callable[[int, int], Cache]
   prefill: Callable[..., tuple[Array, Any, Cache]]
   decode: Callable[..., tuple[Array, Any, Cache]]
+  grow: Callable[[Cache, int], Cache]
   insert: Callable[..., Cache]
   router_log_prob: Callable[[Array], Array]
   num_moe_layers: int

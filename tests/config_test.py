@@ -53,6 +53,8 @@ def test_a_config_survives_the_way_through_ml_collections():
     ),
     ("reward", LONG, "long completions would be punished twice"),
     ("rl__samples_per_prompt", 1, "config.rl.samples_per_prompt is 1; want 2 or more"),
+    ("sampling__cache_sizes", 0, "config.sampling.cache_sizes is 0; want 1 or more"),
+    ("sampling", {"rows": 4, "cache_sizes": 2}, "Set cache_sizes to 1, or rows to 0"),
     ("rl__minibatches", 7, "does not divide into 7 minibatches"),
     ("model__num_experts_per_tok", 99, "want 1 to num_experts"),
     ("router__shift_floor", 1.5, "in .0, 1"),

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import pytest
 import tiny
 
 from models.policy import build_policy
-from rspo_jax import mesh
+from rspo_jax import mesh, sampling
 from rspo_jax.sampling import SamplingOptions, sample, truncated_log_prob
 from rspo_jax.scoring import score
 
@@ -114,6 +115,53 @@ def test_draws_do_not_depend_on_the_batch_they_are_made_in():
   part = draw(policy, params, options, prompts=(tokens[6:], valid[6:]), first_row=18)
   np.testing.assert_array_equal(part.tokens, whole.tokens[18:])
   assert not np.array_equal(part.tokens, draw(policy, params, options, prompts=(tokens[6:], valid[6:])).tokens)
+
+
+LATENT = {"kv_lora_rank": 8, "head_dim": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+SLIDING = {"sliding_window": 4, "sliding_layers": (0, 2)}
+
+
+@pytest.mark.parametrize("changes", [{}, LATENT, SLIDING], ids=["grouped", "latent", "sliding"])
+def test_a_cache_that_grows_draws_the_same(changes):
+  policy, params = tiny.policy_and_params(dataclasses.replace(tiny.CONFIG, **changes))
+  options = SamplingOptions(8, 2, stop_ids=(0, 1), record_experts=True)
+  whole = draw(policy, params, options)
+  grown = draw(policy, params, dataclasses.replace(options, cache_sizes=3))
+  assert 0 < whole.finished.sum() < 16
+  np.testing.assert_array_equal(grown.tokens, whole.tokens)
+  np.testing.assert_array_equal(grown.finished, whole.finished)
+  np.testing.assert_array_equal(grown.expert_index[whole.valid], whole.expert_index[whole.valid])
+  np.testing.assert_allclose(grown.log_prob, whole.log_prob, atol=1e-5)
+
+
+@pytest.mark.parametrize(("sizes", "slots"), [(1, {12}), (2, {9, 12}), (3, {8, 10, 12}), (40, set(range(6, 13)))])
+def test_a_cache_has_as_many_sizes_as_asked_for(sizes, slots):
+  policy, params = tiny.policy_and_params()
+  seen = set()
+
+  def decode(weights, token, valid, cache, *, probe):
+    seen.add(cache.valid.shape[1])
+    return policy.decode(weights, token, valid, cache, probe=probe)
+
+  run = functools.partial(sample, policy._replace(decode=decode), options=SamplingOptions(7, cache_sizes=sizes))
+  jax.eval_shape(run, params, *tiny.prompts(8), jax.random.key(0))
+  assert seen == slots
+
+
+def test_one_draw_is_the_categorical_of_jax():
+  logits = np.random.default_rng(0).normal(size=(2_000, 40)).astype(np.float32) * 3
+  log_prob = np.where(np.random.default_rng(1).random(logits.shape) < 0.3, -np.inf, jax.nn.log_softmax(logits))
+  keys, steps = jax.random.split(jax.random.key(2), len(logits)), jnp.arange(len(logits))
+  drawn = jax.jit(jax.vmap(sampling._draw_one))(keys, steps, log_prob)
+  wanted = jax.vmap(lambda key, step, p: jax.random.categorical(jax.random.fold_in(key, step), p))(
+    keys, steps, log_prob
+  )
+  np.testing.assert_array_equal(drawn, wanted)
+  assert len(np.unique(drawn)) == 40
+
+
+def test_a_row_of_nans_draws_a_token_that_exists():
+  assert sampling._draw_one(jax.random.key(0), 0, jnp.full(7, jnp.nan)) == 6
 
 
 @pytest.mark.parametrize("shape", [{"data": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
