@@ -1,44 +1,25 @@
 """F3: whether a mathematical answer equals the gold one. Runs in workers: it needs math-verify and nothing of ours.
 
 math-verify (0.9.0) defines what is right. Here an answer is only written the way math-verify reads it, and the few
-comparisons that it answers too kindly are made stricter; docs/math_rewards.md lists both.
+comparisons that it answers too kindly are made stricter; docs/math_rewards.md lists both. `load` makes it fast.
 """
 
 import functools
+import importlib.util
 import logging
 import math
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import sympy
-from antlr4.atn.PredictionMode import PredictionMode
-from latex2sympy2_extended.latex2sympy2 import PSParser
 from math_verify import LatexExtractionConfig, parse, verify
 
 Finding = Literal["right", "wrong", "unparsed"]
 
 # math-verify warns that it runs without its own timeout: the pool keeps the time.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-_parse_exactly = PSParser.math
-
-
-def _parse_in_two_stages(parser: PSParser) -> Any:
-  """Parses ten times as fast: ANTLR's SLL prediction finds the tree that LL does, or a syntax error; then LL it is.
-
-  Source: PredictionMode in ANTLR's documentation.
-  """
-  parser._interp.predictionMode = PredictionMode.SLL
-  try:
-    return _parse_exactly(parser)
-  except Exception:
-    parser.reset()
-    parser._interp.predictionMode = PredictionMode.LL
-    return _parse_exactly(parser)
-
-
-PSParser.math = _parse_in_two_stages
 
 _CONFIG = [LatexExtractionConfig(boxed_match_priority=0)]
 _NUMBER = r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)"
@@ -160,6 +141,13 @@ def judge(item: tuple[str, str]) -> Finding:
   if "%" in gold + answer:  # math-verify overlooks the sign of whole numbers only
     return judge((_PERCENT.sub("", gold), _PERCENT.sub("", answer)))
   return "wrong" if wanted.readable and given.readable else "unparsed"
+
+
+def load(path: str) -> Callable[[tuple[str, str]], Finding]:
+  """`judge`, after it has run a module that makes math-verify faster, by its file: `math_shortcuts`."""
+  spec = importlib.util.spec_from_file_location("math_shortcuts", path)
+  spec.loader.exec_module(importlib.util.module_from_spec(spec))
+  return judge
 
 
 def _value(number: str) -> Fraction:

@@ -1,5 +1,6 @@
 """F3: the answer in a completion, and batches of answers judged by math-verify in workers that can be killed."""
 
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -11,6 +12,7 @@ How = Literal["boxed", "####", "number", "none"]
 FORMS: tuple[How, ...] = ("boxed", "####", "number")  # in order of precedence
 Why = Literal["right", "wrong", "no answer", "unparsed", "timeout", "failed"]
 
+_SHORTCUTS = str(pathlib.Path(__file__).with_name("math_shortcuts.py"))  # by its file: the package imports JAX
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 # Digits that are no number of their own stay out: an index, a power, part of a word, the base of a power.
 _NUMBER = re.compile(
@@ -137,7 +139,9 @@ class MathReward:
     if not forms or set(forms) - set(FORMS):
       raise ValueError(f"forms is {forms!r}; want one or more of {', '.join(FORMS)}.")
     self._format_reward, self._forms = format_reward, tuple(forms)
-    self._pool = WorkerPool("rspo_jax.math_answers:judge", workers=workers, timeout=timeout, recycle=recycle)
+    self._pool = WorkerPool(
+      "rspo_jax.math_answers:load", argument=_SHORTCUTS, workers=workers, timeout=timeout, recycle=recycle
+    )
 
   def __enter__(self) -> "MathReward":
     return self

@@ -124,21 +124,25 @@ class WorkerPool:
   def map(self, items: Sequence[Any]) -> list[Outcome]:
     """Runs the function on every item; outcomes in the order of the items.
 
+    Neighbours go to the same worker, in order, so that what they share can be cached; who has no more takes from the
+    end of the longest row.
+
     Raises:
       RuntimeError: the pool is closed, or workers end before they have loaded the function.
     """
     if not self._workers:
       raise RuntimeError("The worker pool is closed; make a new one.")
     outcomes: list[Outcome | None] = [None] * len(items)
-    waiting = deque(range(len(items)))
+    share = -(-len(items) // len(self._workers))
+    waiting = [deque(range(len(items))[place * share :][:share]) for place in range(len(self._workers))]
     for place, worker in enumerate(self._workers):
       if worker.idle and worker.connection.poll():  # it has nothing to say, so it was killed from outside
         self._replace(place)
     try:
-      while waiting or any(worker.index is not None for worker in self._workers):
-        for worker in self._workers:
-          if waiting and worker.idle:
-            index = waiting.popleft()
+      while any(waiting) or any(worker.index is not None for worker in self._workers):
+        for place, worker in enumerate(self._workers):
+          if any(waiting) and worker.idle:
+            index = waiting[place].popleft() if waiting[place] else max(waiting, key=len).pop()
             worker.start(index, items[index], self._timeout)
         self._listen(outcomes)
     except BaseException:

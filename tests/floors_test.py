@@ -53,6 +53,7 @@ FLOORS = {
   "custom_guest": 3,
   "worker_pool": 3,
   "math_answers": 3,
+  "math_shortcuts": 3,
   "math_rewards": 3,
   "sandbox": 3,
   "sandbox_process": 3,

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from math_verify import LatexExtractionConfig, parse
+
 from rspo_jax.math_rewards import extract_answer
 
 DATA = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
@@ -331,3 +333,49 @@ def _other_words(gold: Gold) -> Iterator[tuple[str, str]]:
       ("letter", "F"),
       ("number", "12"),
     )
+
+
+PREPARED = [  # (gold, answer): right, but not without one of our preparations
+  (r"9 \mbox{ inches}^2", r"$9 \mbox{ inches}^2$"),
+  ("5", r"\approx 5"),
+  ("5", r"**5\,**."),
+  ("(3,4]", "(3,4]."),
+  ("90", "90°"),
+  ("90", r"90\degree"),
+  ("5", r"5~\text{units}"),
+  ("5", r"5\ {\rm eV}"),
+  ("12345", r"12\,345"),
+  (r"\text{east}", r"\text{east.}"),
+  ("5", r"\text{5 cm}"),
+  ("v_{max}+1", r"v_{\text{max}}+1"),
+  ("v_{max}+1", r"v_\text{max}+1"),
+  ("n^2-1", r"m_{\max }=n^2-1"),
+  (r"2M_{\odot}", r"M_\odot \cdot 2"),
+  ("73", r"\textbf{(073)}"),
+  ("16,3,4", r"16, 3 \text{ and } \frac{8}{2}"),
+  ("16,3,1,1", "16, 3, 1 and 1"),
+  (r"\frac{3}{4}", r"\frac{3}{4}\,\text{m}\cdot\text{s}^{-1}"),
+  (r"\arcsin(10/13)", "np.arcsin(10/13)"),
+  ("E_{1},E_{2}", "E_2, E_1"),
+  (r"(\gamma^2-1)m", r"m(\gamma^2-1)"),
+  ("-1/3", "-1./3"),
+  ("7/4", "1 3/4"),
+  (r"4.5 \times 10^{33}", "4.5e33"),
+  (r"\frac{600}{7}", r"\frac{600}{7} km/h"),
+]
+STRICTER = [  # (gold, answer): math-verify takes them for equal
+  ("52_8", "52_9"),
+  ("16,3,1,1", "16,3,1"),
+  ("0.0000000074", "0.0000000084"),
+  (r"\frac{1}{4000000}", "0.0000003"),
+  (r"7.4 \times 10^{-18}", r"7.5 \times 10^{-18}"),
+  (r"x_{\text{max}}+\frac{1}{2}", r"x_{\text{max}}+\frac{1}{3}"),
+  ("2", r"2 \text{ times } \sqrt{3}"),
+  (r"m\frac{dv}{dt}+bv=f", r"2m\frac{dv}{dt}+bv=f"),
+  (r"\Gamma^2-1", r"\Gamma^2-2"),
+]
+
+
+def plain(answer):
+  """As math-verify alone reads it."""
+  return parse(rf"\boxed{{{answer}}}", [LatexExtractionConfig(boxed_match_priority=0)], extraction_mode="first_match")

@@ -7,18 +7,17 @@ import time
 import typing
 
 import pytest
-import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from math_verify import LatexExtractionConfig, parse, parser, verify
+from math_verify import verify
 
-from rspo_jax import math_answers
+from rspo_jax import math_answers, math_shortcuts  # noqa: F401  it makes math-verify fast
 from rspo_jax.data import Example
 from rspo_jax.math_rewards import FORMS, MathReward, MathVerdict, Why, extract_answer, gold_answers
 from rspo_jax.rewards import make_reward, score_completions
 from rspo_jax.worker_pool import Outcome
 from tests import math_cases
-from tests.math_cases import Gold
+from tests.math_cases import PREPARED, STRICTER, Gold, plain
 
 HANGS = r"\boxed{9^{9^{9^{9}}}}"
 
@@ -120,52 +119,6 @@ def test_extraction_takes_time_linear_in_the_text(piece):
 # What is right
 
 
-PREPARED = [  # (gold, answer): right, but not without one of our preparations
-  (r"9 \mbox{ inches}^2", r"$9 \mbox{ inches}^2$"),
-  ("5", r"\approx 5"),
-  ("5", r"**5\,**."),
-  ("(3,4]", "(3,4]."),
-  ("90", "90°"),
-  ("90", r"90\degree"),
-  ("5", r"5~\text{units}"),
-  ("5", r"5\ {\rm eV}"),
-  ("12345", r"12\,345"),
-  (r"\text{east}", r"\text{east.}"),
-  ("5", r"\text{5 cm}"),
-  ("v_{max}+1", r"v_{\text{max}}+1"),
-  ("v_{max}+1", r"v_\text{max}+1"),
-  ("n^2-1", r"m_{\max }=n^2-1"),
-  (r"2M_{\odot}", r"M_\odot \cdot 2"),
-  ("73", r"\textbf{(073)}"),
-  ("16,3,4", r"16, 3 \text{ and } \frac{8}{2}"),
-  ("16,3,1,1", "16, 3, 1 and 1"),
-  (r"\frac{3}{4}", r"\frac{3}{4}\,\text{m}\cdot\text{s}^{-1}"),
-  (r"\arcsin(10/13)", "np.arcsin(10/13)"),
-  ("E_{1},E_{2}", "E_2, E_1"),
-  (r"(\gamma^2-1)m", r"m(\gamma^2-1)"),
-  ("-1/3", "-1./3"),
-  ("7/4", "1 3/4"),
-  (r"4.5 \times 10^{33}", "4.5e33"),
-  (r"\frac{600}{7}", r"\frac{600}{7} km/h"),
-]
-STRICTER = [  # (gold, answer): math-verify takes them for equal
-  ("52_8", "52_9"),
-  ("16,3,1,1", "16,3,1"),
-  ("0.0000000074", "0.0000000084"),
-  (r"\frac{1}{4000000}", "0.0000003"),
-  (r"7.4 \times 10^{-18}", r"7.5 \times 10^{-18}"),
-  (r"x_{\text{max}}+\frac{1}{2}", r"x_{\text{max}}+\frac{1}{3}"),
-  ("2", r"2 \text{ times } \sqrt{3}"),
-  (r"m\frac{dv}{dt}+bv=f", r"2m\frac{dv}{dt}+bv=f"),
-  (r"\Gamma^2-1", r"\Gamma^2-2"),
-]
-
-
-def plain(answer):
-  """As math-verify alone reads it."""
-  return parse(rf"\boxed{{{answer}}}", [LatexExtractionConfig(boxed_match_priority=0)], extraction_mode="first_match")
-
-
 @pytest.mark.parametrize(("gold", "answer"), PREPARED)
 def test_what_math_verify_alone_cannot_read_is_prepared_for_it(gold, answer):
   assert math_answers.judge((gold, answer)) == "right"
@@ -202,19 +155,6 @@ NUMBERS = st.one_of(
   st.builds(r"\frac{{{}}}{{{}}}".format, st.integers(0, 40), st.integers(1, 12)),
   st.builds(r"-\dfrac{{{}}}{{{}}}".format, st.integers(0, 40), st.integers(1, 12)),
 )
-
-
-WRITTEN = [gold for pair in PREPARED + STRICTER for gold in pair]
-
-
-@pytest.mark.parametrize("answer", [*WRITTEN, r"\frac{1}{", "x+", r"\{1,2\}", "2 < x \\le 3", r"[1,2) \cup (3,\infty)"])
-def test_parsing_in_two_stages_finds_what_math_verify_finds(monkeypatch, answer):
-  prepared = math_answers.prepare(answer)
-  fast = plain(prepared)
-  monkeypatch.setattr(math_answers.PSParser, "math", math_answers._parse_exactly)
-  parser.parse_latex_cached.cache_clear()
-  parser.extract_latex.cache_clear()
-  assert [sympy.srepr(part) for part in plain(prepared)] == [sympy.srepr(part) for part in fast]
 
 
 @settings(max_examples=60, deadline=None)

@@ -99,6 +99,17 @@ def test_results_come_in_the_order_of_the_items():
     assert pool.map([1]) == ok(1)
 
 
+def test_neighbours_go_to_the_same_worker_until_another_has_no_more():
+  with make() as pool:
+    while len({outcome.value for outcome in pool.map([("sleep, then pid", 0.02)] * 2)}) < 2:
+      pass  # one is still starting
+    pids = [outcome.value for outcome in pool.map([("sleep, then pid", 0.1)] * 6 + [("sleep, then pid", 0.001)] * 6)]
+  first, second = pids[0], pids[-1]
+  assert first != second
+  assert pids == [first] * pids.count(first) + [second] * pids.count(second)
+  assert pids.count(second) > 6
+
+
 @pytest.mark.parametrize("what", ["hang", "c code", "deaf"])
 def test_an_item_over_its_time_is_killed_and_costs_only_itself(what):
   with make() as pool:
