@@ -3,10 +3,8 @@
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +21,7 @@ import tiny
 import tokenizer_cases
 from rich.console import Console
 
-from experiments import compare, evaluate, evaluation, evaluation_plots, model_files, results
+from experiments import compare, evaluate, evaluation, model_files
 from experiments.config import BenchmarkConfig, DataConfig, EvaluationConfig, RewardConfig
 from experiments.config_io import check_divides, config_dict, read_config
 from experiments.configs import countdown_tiny, evaluate_math
@@ -31,9 +29,8 @@ from experiments.progress import Progress
 from experiments.wiring import build, make_optimizer
 from rspo_jax import mesh
 from rspo_jax.checkpoint import Checkpoints
-from rspo_jax.evaluation import Completions, read_lines
+from rspo_jax.evaluation import read_lines
 from rspo_jax.metrics import MetricsWriter
-from rspo_jax.rewards import Scores
 from rspo_jax.workdir import dump_json_atomic
 
 SAMPLES, PROBLEMS, BATCH = 4, 12, 8
@@ -328,48 +325,6 @@ def test_an_evaluation_is_compared_with_itself_and_only_on_shared_problems(home,
     compare.compare(whole, run_folder)
 
 
-def synthetic(seed, problems, samples, chance, answers=True):
-  success = np.random.default_rng(seed).random(problems * samples) < chance
-  said = tuple("right" if right else f"{i}" for i, right in enumerate(success)) if answers else ("",) * len(success)
-  scores = Scores(success.astype(np.float32), success, success, ("",) * len(success), said)
-  return Completions(tuple(said), np.full(len(success), 5), scores, samples, np.ones(len(success), bool))
-
-
-def test_tables_and_pictures_stand_whatever_there_is():
-  """One problem has no interval, a reward without answers no majority, benchmarks may have other k than their group."""
-  drawn = {"many": synthetic(0, 20, 4, 0.5), "one": synthetic(1, 1, 2, 0.5), "code": synthetic(2, 9, 1, 1.0, False)}
-  measures = {name: ("average", results.estimates(found, None)) for name, found in drawn.items()}
-  found = results.summarize(measures, level=0.9, resamples=100, seed=0)
-  assert found["benchmarks"]["one"]["avg"]["low"] is None and found["groups"]["average"]["avg"]["low"] is None
-  assert not any(measure.startswith("maj") for measure in found["benchmarks"]["code"])
-  told = {
-    "checkpoint": {"folder": "a | b", "step": 3},
-    "bootstrap": {"level": 0.9, "resamples": 100},
-    "benchmarks": {
-      name: {"sampling": "T = 1", **results.describe(drawn[name], None), "measures": of}
-      for name, of in found["benchmarks"].items()
-    },
-    "groups": found["groups"],
-  }
-  heads, rows = results.table_rows(told)
-  assert heads == ["", "problems", "n", "avg@n", "pass@n", "maj@n", "ended", "tokens"]
-  assert all(len(row) == len(heads) for row in rows)
-  assert [row[0] for row in rows] == ["many", "one", "code", "average, mean of 3"]
-  assert rows[2][5] == "-" and rows[3][4].endswith("@1")
-  assert "| pass@ | 1 | 2 | 4 |" in results.write_up(told)
-  assert evaluation_plots.draw_results(told).startswith(b"\x89PNG")
-  assert not any(math.isnan(entry["value"]) for of in found["benchmarks"].values() for entry in of.values())
-
-
-def test_intervals_of_an_average_resample_every_benchmark_for_itself():
-  drawn = {name: synthetic(seed, 200, 2, 0.5) for seed, name in enumerate(("a", "b", "c", "d"))}
-  measures = {name: ("average", results.estimates(found, None)) for name, found in drawn.items()}
-  found = results.summarize(measures, level=0.95, resamples=4000, seed=0)
-  width = [entry["avg"]["high"] - entry["avg"]["low"] for entry in found["benchmarks"].values()]
-  group = found["groups"]["average"]["avg"]
-  assert group["high"] - group["low"] == pytest.approx(math.sqrt(np.sum(np.square(width))) / 4, rel=0.08)
-
-
 @pytest.mark.skipif(not (math_cases.DATA / "aime24.jsonl").exists(), reason="../shared/data is absent")
 def test_a_hugging_face_folder_is_evaluated_on_real_benchmark_files(tmp_path):
   public = hf_cases.public_config("qwen3_moe", vocab_size=336, torch_dtype="bfloat16", num_hidden_layers=1)
@@ -430,23 +385,3 @@ def test_the_command_killed_with_signal_9_continues_to_the_same_bytes(home, run_
     process.stdout.close()
   finish(killed)
   assert files(killed) == files(tmp_path / "whole")
-
-
-DOCUMENT = (pathlib.Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
-
-
-def test_the_code_of_the_document_prints_what_it_says(capsys):
-  shown = r"^```python\n(.*?)^```$\n\nprints\n\n```\n(.*?)^```$"
-  ((code, printed),) = re.findall(shown, DOCUMENT, re.DOTALL | re.MULTILINE)
-  exec(compile(code, "docs/evaluation.md", "exec"), {})
-  assert capsys.readouterr().out == printed
-
-
-def test_every_flag_of_the_document_is_there():
-  flags = re.findall(r"--config\.([\w.]+)=", DOCUMENT)
-  assert len(flags) > 5
-  for flag in flags:
-    node = evaluate_math.get_config()
-    for name in flag.split("."):
-      assert name in node, flag
-      node = node[name]
