@@ -27,7 +27,7 @@ from rspo_jax.scoring import score
 from rspo_jax.train_step import UpdateOptions, jit_step, make_train_step
 from rspo_jax.types import Layout, Policy, TrainBatch, TrainState
 
-CONFIG = config_from_hf({**TINY, "model_type": "qwen3_moe"})
+CONFIG = config_from_hf({**TINY, "model_type": "qwen3_moe"}, scan_layers=False)
 
 
 def _start(devices: int | None) -> None:

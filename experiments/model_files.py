@@ -24,7 +24,7 @@ from rspo_jax.types import Layout, Params, TrainState
 from rspo_jax.workdir import dump_json_atomic
 
 # Fields of a model's configuration that change how it runs or is trained, not what its weights are.
-FREE_FIELDS = ("dtype", "cache_dtype", "remat", "expert_backend", "lora")
+FREE_FIELDS = ("dtype", "cache_dtype", "remat", "scan_layers", "expert_backend", "lora")
 
 
 class Model(NamedTuple):

@@ -52,7 +52,7 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
   hf |= {"tie_word_embeddings": config.tie_word_embeddings, "torch_dtype": config.dtype}
   hf |= {"rope_theta": config.rope_theta, "rope_scaling": _write_rope(config.rope_scaling)}
   hf |= family.write(config)
-  ours = {name: getattr(config, name) for name in ("cache_dtype", "remat", "expert_backend")}
+  ours = {name: getattr(config, name) for name in ("cache_dtype", "remat", "scan_layers", "expert_backend")}
   back = config_from_hf(hf, **ours)
   lost = [
     f"{field.name} is {getattr(config, field.name)!r}, {config.model_type} would read {getattr(back, field.name)!r}"

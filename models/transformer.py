@@ -166,6 +166,7 @@ class Transformer(nn.Module):
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
         length=depth,
+        unroll=1 if c.scan_layers else depth,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
       x, (_, probed) = layers(c, is_moe, self.probe, self.layout, name=f"layers_{number}")(x, context, inputs)

@@ -394,6 +394,19 @@ def test_logits_in_chunks_and_rematerialised_layers_give_the_same_update():
   assert_close(again.params, expected.params)
 
 
+def test_layers_written_out_give_the_update_of_scanned_ones_and_start_on_policy():
+  config = dataclasses.replace(tiny.CONFIG, mlp_only_layers=())
+  policy, params = tiny.policy_and_params(config)
+  written_out = build_policy(dataclasses.replace(config, scan_layers=False))
+  batch = tiny.train_batch(written_out, params)
+  _, metrics = run(written_out, params, batch)
+  for name in ("ratio/p1", "ratio/max", "shift/gamma_mean"):
+    assert metrics[name] == 1.0, name
+  expected, _ = run(policy, params, drifted(batch))
+  again, _ = run(written_out, params, drifted(batch))
+  assert_close(again.params, expected.params)
+
+
 def test_supervised_steps_make_the_demonstrations_likelier():
   policy, params, batch = setup()
   optimizer = optax.adam(1e-2)
