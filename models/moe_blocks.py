@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-
 # What is left of an expert's pairs after its whole blocks goes in blocks of so many rows: 0.97 of the time of a train
 # step of 24,576 pairs over 16 experts; half a block of 128 per expert is nobody's.
 TAIL_ROWS = 16
