@@ -16,7 +16,7 @@ from benchmarks.timing import clocked
 from models.config import TransformerConfig
 from models.policy import build_policy
 from rspo_jax import mesh
-from rspo_jax.routing import record_experts
+from rspo_jax.router.trace import record_experts
 
 # 108 million parameters, 433 MB in float32: what a step reads comes from memory.
 WIDE = TransformerConfig(

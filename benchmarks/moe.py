@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from benchmarks.timing import Timing, clocked, matmul_work
-from models.moe import run_experts
+from models.layers.experts import run_experts
 
 
 class Size(NamedTuple):

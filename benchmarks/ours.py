@@ -15,16 +15,19 @@ from benchmarks import flops
 from benchmarks.sizes import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, ROW_TOKENS, ROWS, TINY
 from benchmarks.timing import clocked, matmul_work, peak_memory
 from benchmarks.workers import Case
-from models.config_json import config_from_hf
+from models.huggingface.config_json import config_from_hf
 from models.policy import build_policy
-from rspo_jax import mesh, objectives
-from rspo_jax.mismatch import MismatchOptions
-from rspo_jax.parameters import ROUTER
-from rspo_jax.probing import make_gradient_noise, make_replay_probe
-from rspo_jax.router_shift import ShiftOptions
-from rspo_jax.sampling import SamplingOptions, sample
-from rspo_jax.scoring import score
-from rspo_jax.train_step import UpdateOptions, jit_step, make_train_step
+from rspo_jax import mesh
+from rspo_jax.objectives.mismatch import MismatchOptions
+from rspo_jax.objectives.table import OBJECTIVES
+from rspo_jax.rollout.sampling import SamplingOptions, sample
+from rspo_jax.router.shift import ShiftOptions
+from rspo_jax.training.attribution import make_gradient_noise, make_replay_probe
+from rspo_jax.training.loss import UpdateOptions
+from rspo_jax.training.parameters import ROUTER
+from rspo_jax.training.scoring import score
+from rspo_jax.training.state import init_state, state_shardings
+from rspo_jax.training.train_step import jit_step, make_train_step
 from rspo_jax.types import Layout, Policy, TrainBatch, TrainState
 
 CONFIG = config_from_hf({**TINY, "model_type": "qwen3_moe"}, scan_layers=False)
@@ -49,8 +52,8 @@ def make_setup(devices: int | None, split: str = "data") -> Setup:
   layout = mesh.make_layout({split: -1})
   policy = build_policy(CONFIG, layout)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4, weight_decay=0.1))
-  shardings = mesh.state_shardings(policy, optimizer, layout)
-  return Setup(layout, policy, optimizer, shardings, mesh.init_state(policy, optimizer, 0, layout))
+  shardings = state_shardings(policy, optimizer, layout)
+  return Setup(layout, policy, optimizer, shardings, init_state(policy, optimizer, 0, layout))
 
 
 def _rows(layout: Layout, length: int) -> Any:
@@ -110,7 +113,7 @@ def _batch(setup: Setup) -> TrainBatch:
 
 def _step(setup: Setup, objective: str, shift: ShiftOptions | None, metrics: bool = True, **options: Any) -> Any:
   """metrics: hand out the step's diagnostics; else XLA drops all that only they need."""
-  named = objectives.OBJECTIVES[objective]
+  named = OBJECTIVES[objective]
   update = UpdateOptions(named.objective, named.aggregation, norm_length=NEW_TOKENS, shift=shift, **options)
   step = make_train_step(setup.policy, setup.optimizer, update)
   chosen = step if metrics else lambda state, batch: (step(state, batch)[0], {})
@@ -172,7 +175,7 @@ def shift_cost(rounds: int = 60, devices: int | None = None) -> dict[str, Any]:
 # What is put beside the plain GRPO step: name -> (objective, router shift, other options of the update).
 STRATEGIES: dict[str, tuple[str, ShiftOptions | None, dict[str, Any]]] = {
   "grpo again (control)": ("grpo", None, {}),
-  **{name: (name, None, {}) for name in objectives.OBJECTIVES if name != "grpo"},
+  **{name: (name, None, {}) for name in OBJECTIVES if name != "grpo"},
   "grpo + router shift": ("grpo", ShiftOptions(), {}),
   "gmpo + router shift (RSPO)": ("gmpo", ShiftOptions(), {}),
   "grpo + shift, weight, squared, max": ("grpo", ShiftOptions(0.8, "weight", "squared", "max"), {}),

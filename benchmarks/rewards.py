@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Callable
 
-from rspo_jax.math_rewards import MathReward
+from rspo_jax.rewards.math.reward import MathReward
 
 PROMPTS = 500
 SAMPLES = 8

@@ -10,9 +10,9 @@ from benchmarks.ours import CONFIG, make_setup
 from benchmarks.sizes import PROMPT_TOKENS, PROMPTS
 from benchmarks.timing import clocked
 from rspo_jax import mesh
-from rspo_jax.completions import begin
-from rspo_jax.continuous import ContinuousSampler
-from rspo_jax.sampling import SamplingOptions, sample
+from rspo_jax.rollout.completions import begin
+from rspo_jax.rollout.continuous import ContinuousSampler
+from rspo_jax.rollout.sampling import SamplingOptions, sample
 
 STEP, ROWS, MEDIAN, LONGEST = 4 * PROMPTS, PROMPTS, 32, 256
 

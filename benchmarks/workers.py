@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.timing import Run, clocked, peak_memory
-from experiments.allocator import keep_freed_memory
+from experiments.setup.allocator import keep_freed_memory
 
 
 class Case(NamedTuple):

@@ -1,1 +1,1 @@
-"""F4: flags, configs, wiring and loops. The only place that knows absl and ml_collections."""
+"""Commands: train, evaluate, compare, convert, report. The only package that knows absl flags and ml_collections."""

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import evaluation_plots, results
-from experiments.progress import table
-from rspo_jax.estimators import powers_of_two
-from rspo_jax.evaluation import Completions, completions_of, read_lines
-from rspo_jax.workdir import dump_json_atomic, write_text_atomic
+from experiments.reporting import evaluation_plots
+from experiments.reporting.progress import table
+from rspo_jax.evaluation.completion_log import Completions, completions_of, read_lines
+from rspo_jax.evaluation.estimators import powers_of_two
+from rspo_jax.evaluation.summary import Estimates, estimates, group_name, markdown, percent, summarize
+from rspo_jax.run.workdir import dump_json_atomic, write_text_atomic
 
 Problem = tuple[int, str]  # its number in the benchmark, and the digest of its gold answer
 Found = dict[str, dict[Problem, list[dict[str, Any]]]]  # mode -> problem -> the lines of its completions
@@ -33,12 +34,12 @@ class Pair(NamedTuple):
   """
 
   group: str
-  old: results.Estimates
-  new: results.Estimates
+  old: Estimates
+  new: Estimates
   left_out: int
 
   @property
-  def difference(self) -> results.Estimates:
+  def difference(self) -> Estimates:
     return {measure: self.new[measure] - self.old[measure] for measure in self.old if measure in self.new}
 
 
@@ -76,7 +77,7 @@ def pair(old: tuple[str, Found], new: tuple[str, Found]) -> Pair | None:
   sampled = [_select(found["sampled"], shared) for found in (before, after)]
   greedy = [_select(found["greedy"], shared) for found in (before, after)]
   ks = powers_of_two(min(of.samples for of in sampled))
-  measures = [results.estimates(*both, ks) for both in zip(sampled, greedy, strict=True)]
+  measures = [estimates(*both, ks) for both in zip(sampled, greedy, strict=True)]
   return Pair(group, *measures, len(before["sampled"].keys() | after["sampled"].keys()) - len(shared))
 
 
@@ -107,7 +108,7 @@ def compare(
       "the same benchmarks."
     )
   differences = {name: (found.group, found.difference) for name, found in pairs.items()}
-  summary = results.summarize(differences, level=level, resamples=resamples, seed=seed)
+  summary = summarize(differences, level=level, resamples=resamples, seed=seed)
   for name, found in pairs.items():
     measures = summary["benchmarks"][name]
     sides = {side: {m: float(getattr(found, side)[m].mean()) for m in measures} for side in ("old", "new")}
@@ -127,20 +128,20 @@ def table_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     shared = f"{of['problems']}" + (f" ({of['left_out']} left out)" if of["left_out"] else "")
     rows.append([name, shared, *_cells(of["old"]["avg"], of["new"]["avg"], of["difference"])])
   for group, of in found["groups"].items():
-    rows.append([results.group_name(group, of), "", *_cells(of["old"], of["new"], of)])
+    rows.append([group_name(group, of), "", *_cells(of["old"], of["new"], of)])
   return ["", "problems", "avg@n before", "after", "change", "change of greedy"], rows
 
 
 def _cells(old: float, new: float, difference: Mapping[str, Any]) -> list[str]:
-  greedy = results.percent(difference["greedy"], signed=True) if "greedy" in difference else "-"
-  return [f"{100 * old:.1f}", f"{100 * new:.1f}", results.percent(difference["avg"], signed=True), greedy]
+  greedy = percent(difference["greedy"], signed=True) if "greedy" in difference else "-"
+  return [f"{100 * old:.1f}", f"{100 * new:.1f}", percent(difference["avg"], signed=True), greedy]
 
 
 def draw(compared: Sequence[Mapping[str, Any]]) -> bytes:
   """The picture of comparisons with one first run, a PNG."""
   runs = {}
   for found in compared:
-    of_groups = {results.group_name(group, of): of["avg"] for group, of in found["groups"].items()}
+    of_groups = {group_name(group, of): of["avg"] for group, of in found["groups"].items()}
     runs[found["new"]] = {name: of["difference"]["avg"] for name, of in found["benchmarks"].items()} | of_groups
   names = list(dict.fromkeys(name for run in runs.values() for name in run))
   return evaluation_plots.draw_differences(names, runs, compared[0]["old"])
@@ -166,7 +167,7 @@ def run(args: argparse.Namespace) -> None:
     if found["not_compared"]:
       notes.append(f"Not compared, for only one has problems of it: {', '.join(found['not_compared'])}.")
     print("\n".join(notes))
-    text += [f"# {title}\n\n", results.markdown(*table_rows(found)), "\n", "\n\n".join(notes), "\n\n"]
+    text += [f"# {title}\n\n", markdown(*table_rows(found)), "\n", "\n\n".join(notes), "\n\n"]
   if args.workdir:
     folder = Path(args.workdir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -70,10 +70,10 @@ class WarmStartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """See `rspo_jax.sampling.SamplingOptions`; the stop tokens are the tokenizer's.
+  """See `rspo_jax.rollout.sampling.SamplingOptions`; the stop tokens are the tokenizer's.
 
   Attributes:
-    rows: decoded at once by continuous batching (`rspo_jax.continuous`), which pays where lengths differ much; 0
+    rows: decoded at once by continuous batching (`rspo_jax.rollout.continuous`), which pays where lengths differ much; 0
       decodes all completions of a call together.
     cache_sizes: of the cache when all are decoded together; more of them speed up long completions and compile longer.
     engine: root of an outside engine's server, several with commas; '' draws here (docs/outside_engine.md).
@@ -105,9 +105,9 @@ class ObjectiveConfig:
     dual_clip: largest ratio for negative advantages (the GRPO family). tau_pos, tau_neg: sharpness of sapo's gate.
     bounds: cispo's ("around_one", "absolute") or gmpo's ("ratio", "signed") reading of eps. ratio: rloo's, "sequence",
       "token" or "none". length_epsilon: gmpo's, added to a row's number of tokens.
-    aggregation: of `rspo_jax.aggregation.AGGREGATIONS`. norm_length: tokens, for "seq_mean_token_sum_norm"; by default
+    aggregation: of `rspo_jax.objectives.aggregation.AGGREGATIONS`. norm_length: tokens, for "seq_mean_token_sum_norm"; by default
       the longest completion.
-    baseline, scale: of the advantages (`rspo_jax.advantages`). std_epsilon: added to a group's deviation. ddof: its.
+    baseline, scale: of the advantages (`rspo_jax.objectives.advantages`). std_epsilon: added to a group's deviation. ddof: its.
     kl_coefficient: of the KL to the policy that RL began with, per nat; 0 is off. kl_estimator: k1, k2 or k3.
       kl_in: "loss"; or "reward", taken off the reward of a completion, or with scale "batch_std" off the return of
       every token (REINFORCE++).
@@ -142,7 +142,7 @@ class RouterConfig:
   Attributes:
     shift: RSPO's gamma on or off. shift_floor: gamma_min, in (0, 1]. shift_floor_start, shift_floor_updates: begin at
       another floor and move there linearly over so many updates of RL; 0 updates is a constant floor.
-    placement, deviation, layers, level: see `rspo_jax.router_shift.ShiftOptions`.
+    placement, deviation, layers, level: see `rspo_jax.router.shift.ShiftOptions`.
     replay: "none"; "scoring" (R2), the update repeats the experts of the forward that gave the old log-probs; "sampler"
       (R3), scoring and update repeat the experts of the sampler. replay_gates: the gates of scoring too.
     freeze: the routers are not trained. learning_rate_multiplier: theirs over everybody else's.
@@ -168,7 +168,7 @@ class RouterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MismatchConfig:
-  """Correction for a sampler that is not the trainer, off by default: see `rspo_jax.mismatch.MismatchOptions`."""
+  """Correction for a sampler that is not the trainer, off by default: see `rspo_jax.objectives.mismatch.MismatchOptions`."""
 
   correction: str = "none"
   level: str = "token"
@@ -181,7 +181,7 @@ class CurriculumConfig:
   """RL samples problems whose success rate lies in [low, high], and those that were not sampled yet. 0 and 1 is off.
 
   Attributes:
-    memory, retry_epochs, max_skipped: see `rspo_jax.curriculum.Curriculum`.
+    memory, retry_epochs, max_skipped: see `rspo_jax.data.curriculum.Curriculum`.
   """
 
   low: float = 0.0
@@ -331,7 +331,7 @@ class ExperimentConfig:
     pretrained: where the parameters come from: a Hugging Face folder, one of `experiments.convert`, or another run's
       workdir; '' draws them at random. With `model.lora.rank` above 0 they stay as they are, and adapters are trained.
     tokenizer: a folder with a `tokenizer.json`; 'bytes' has a token for each byte of UTF-8; '' has one for
-      each character of the data set (`rspo_jax.datasets.ALPHABETS`).
+      each character of the data set (`rspo_jax.data.datasets.ALPHABETS`).
   """
 
   seed: int

@@ -24,13 +24,15 @@ import numpy as np
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from experiments.model_files import Model, kind_of, load_model, read_base, read_model, save_orbax, saved_dtype
-from experiments.progress import table
-from models import lora, pretrained
+from experiments.reporting.progress import table
+from experiments.setup.model_files import Model, kind_of, load_model, read_base, read_model, save_orbax, saved_dtype
+from models import lora
 from models.config import TransformerConfig
-from models.hf import array_shape, arrays, check_tensors
-from models.published import PUBLISHED, published_config
-from models.quantized import Dequantized
+from models.huggingface.adapter import adapter_config, load_adapter, save_adapter
+from models.huggingface.checkpoint import DTYPES, TensorFiles, save_pretrained
+from models.huggingface.known_configs import PUBLISHED, published_config
+from models.huggingface.quantized import Dequantized
+from models.huggingface.tensor_map import array_shape, arrays, check_tensors
 from models.upcycle import upcycle
 
 
@@ -62,7 +64,7 @@ def inspect(source: str) -> None:
   """Prints what a model is made of. source: a folder, or the name of a public model (no weights are needed)."""
   config = published_config(source) if source in PUBLISHED else read_model(source)
   if source not in PUBLISHED and kind_of(source) == "hf" and any(Path(source).glob("*.safetensors")):
-    files = pretrained.TensorFiles(source)
+    files = TensorFiles(source)
     check_tensors(config, Dequantized(files, files.shapes).shapes)
   found = sizes(config)
   total = found["total"]
@@ -121,16 +123,16 @@ def convert(
   with _bar("writing", count * itemsize(dtype)) as done:
     if form == "hf":
       small = files or (source if kind == "hf" else None)
-      pretrained.save_pretrained(target, *model, source=small, dtype=dtype, progress=done)
+      save_pretrained(target, *model, source=small, dtype=dtype, progress=done)
     else:
-      cast = jax.tree.map(lambda leaf: leaf.astype(pretrained.DTYPES[dtype]), model.params)
+      cast = jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), model.params)
       save_orbax(target, model._replace(params=cast))
       done(count * itemsize(dtype))
   print(f"{target}: {count:,} parameters, {dtype}, {form}")
 
 
 def itemsize(dtype: str) -> int:
-  return np.dtype(pretrained.DTYPES[dtype]).itemsize
+  return np.dtype(DTYPES[dtype]).itemsize
 
 
 @contextmanager
@@ -159,8 +161,8 @@ def _upcycled(args: argparse.Namespace) -> Callable[[Model], Model]:
 
 def _with_adapter(folder: str) -> Callable[[Model], Model]:
   def change(model: Model) -> Model:
-    config = dataclasses.replace(model.config, lora=lora.adapter_config(folder, model.config))
-    return Model(config, lora.load_adapter(folder, config, model.params))
+    config = dataclasses.replace(model.config, lora=adapter_config(folder, model.config))
+    return Model(config, load_adapter(folder, config, model.params))
 
   return change
 
@@ -175,9 +177,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if target:
       made.add_argument("target", help="a new folder")
     if target and dtype:
-      made.add_argument(
-        "--dtype", choices=tuple(pretrained.DTYPES), help="of the weights written; default: the source's"
-      )
+      made.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights written; default: the source's")
     return made
 
   command("inspect", "Parameters by part, experts, memory. Also takes the name of a public model.", target=False)
@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> None:
     convert(args.source, args.target, dtype=args.dtype, change=_upcycled(args))
   elif args.command == "adapter":
     model = load_model(args.source)
-    lora.save_adapter(args.target, *model, base=read_base(args.source))
+    save_adapter(args.target, *model, base=read_base(args.source))
   else:
     convert(args.source, args.target, dtype=args.dtype, change=_with_adapter(args.adapter))
 

@@ -19,22 +19,25 @@ from absl import flags
 from jax import process_index
 from jax.experimental import multihost_utils
 
-from experiments import evaluation, evaluation_plots, results, runtime
-from experiments.command_line import run_app
 from experiments.config import ExperimentConfig
-from experiments.config_io import read_config
-from experiments.evaluation import Benchmark
-from experiments.model_files import FREE_FIELDS, find_step, kind_of, load_model, read_model, saved_dtype
-from experiments.problems import make_tokenizer
-from experiments.progress import Progress
-from experiments.wiring import Parts, build
-from models import pretrained
-from models.config_json import refuse
-from rspo_jax.checkpoint import fingerprints
-from rspo_jax.evaluation import CompletionLog, Completions, completions_of, digest, read_lines
-from rspo_jax.judging import close
+from experiments.reporting import evaluation_plots
+from experiments.reporting.progress import Progress
+from experiments.setup import runtime
+from experiments.setup.benchmarks import Benchmark, make_benchmarks, programs, run
+from experiments.setup.build import Parts, build
+from experiments.setup.command_line import run_app
+from experiments.setup.config_flags import read_config
+from experiments.setup.data import make_tokenizer
+from experiments.setup.model_files import FREE_FIELDS, find_step, kind_of, load_model, read_model, saved_dtype
+from models.huggingface.checkpoint import read_json
+from models.huggingface.config_json import refuse
+from rspo_jax.evaluation import summary
+from rspo_jax.evaluation.completion_log import CompletionLog, Completions, completions_of, digest, read_lines
+from rspo_jax.evaluation.summary import describe, estimates, note, table_rows, write_up
+from rspo_jax.rewards.base import close
+from rspo_jax.run.checkpoint import fingerprints
+from rspo_jax.run.workdir import claim_workdir, dump_json_atomic, lock_workdir, write_text_atomic
 from rspo_jax.types import Params
-from rspo_jax.workdir import claim_workdir, dump_json_atomic, lock_workdir, write_text_atomic
 
 # What completions depend on; all else of a config is about training.
 CLAIMED = ("seed", "model", "tokenizer", "sampling", "data", "reward", "evaluation", "runtime")
@@ -84,7 +87,7 @@ def complete_config(given: ml_collections.ConfigDict, checkpoint: str | Path) ->
 def own_tokenizer(checkpoint: str | Path) -> str:
   """The tokenizer that comes with a checkpoint, as `config.tokenizer`; '' for none."""
   if kind_of(checkpoint) == "run":
-    return pretrained.read_json(Path(checkpoint) / "config.json").get("tokenizer", "")
+    return read_json(Path(checkpoint) / "config.json").get("tokenizer", "")
   return str(checkpoint) if (Path(checkpoint) / "tokenizer.json").exists() else ""
 
 
@@ -102,7 +105,7 @@ def evaluate(
   number = find_step(checkpoint, step)
   parts = build(config, training=False)
   with contextlib.ExitStack() as stack:
-    benchmarks = evaluation.make_benchmarks(parts)
+    benchmarks = make_benchmarks(parts)
     for reward in {id(benchmark.reward): benchmark.reward for benchmark in benchmarks}.values():
       stack.callback(close, reward)
     dtype = "bfloat16" if saved_dtype(checkpoint) == "bfloat16" else "float32"
@@ -111,7 +114,7 @@ def evaluate(
     if process_index() == 0:
       stack.callback(lock_workdir(workdir).close)
     _claim(workdir, config, identity, benchmarks)
-    for line in ("sampling programs to compile:", *evaluation.programs(benchmarks)):
+    for line in ("sampling programs to compile:", *programs(benchmarks)):
       progress.print(line)
     for benchmark in benchmarks:
       for mode in benchmark.options:
@@ -120,7 +123,7 @@ def evaluate(
     return {}
   found = summarize(config, workdir, identity, benchmarks)
   dump_json_atomic(workdir / "results.json", found)
-  write_text_atomic(workdir / "results.md", results.write_up(found))
+  write_text_atomic(workdir / "results.md", write_up(found))
   (workdir / "results.png").write_bytes(evaluation_plots.draw_results(found))
   return found
 
@@ -143,11 +146,11 @@ def summarize(
   for benchmark in benchmarks:
     drawn[benchmark.name] = tuple(read_completions(workdir, benchmark.name, mode) for mode in ("sampled", "greedy"))
   measures = {
-    benchmark.name: (benchmark.group, results.estimates(*drawn[benchmark.name], benchmark.settings.k))
+    benchmark.name: (benchmark.group, estimates(*drawn[benchmark.name], benchmark.settings.k))
     for benchmark in benchmarks
   }
   bootstrap = {"level": wanted.level, "resamples": wanted.resamples, "seed": config.seed}
-  found = results.summarize(measures, **bootstrap)
+  found = summary.summarize(measures, **bootstrap)
   return {
     "checkpoint": identity,
     "bootstrap": bootstrap,
@@ -155,7 +158,7 @@ def summarize(
       benchmark.name: {
         "group": benchmark.group,
         "sampling": _describe(benchmark),
-        **results.describe(*drawn[benchmark.name]),
+        **describe(*drawn[benchmark.name]),
         "measures": found["benchmarks"][benchmark.name],
       }
       for benchmark in benchmarks
@@ -202,7 +205,7 @@ def _draw(parts: Parts, params: Params, benchmark: Benchmark, mode: str, workdir
   log.done = int(multihost_utils.broadcast_one_to_all(np.int32(log.done)))
   total, right, seen = len(benchmark.examples), 0, 0
   progress.start(f"{benchmark.name}, {mode}", total, log.done)
-  for batch in evaluation.run(parts, params, benchmark, mode, first=log.done):
+  for batch in run(parts, params, benchmark, mode, first=log.done):
     log.append(batch)
     right, seen = right + int(batch.scores.success.sum()), seen + len(batch.texts)
     progress.update(log.done, {"reward/success": right / seen})
@@ -216,8 +219,8 @@ def main() -> None:
   with Progress() as progress:
     found = evaluate(config, checkpoint, workdir, progress, step=given.step)
     if found:
-      progress.table(str(checkpoint), *results.table_rows(found))
-      progress.print(results.note(found))
+      progress.table(str(checkpoint), *table_rows(found))
+      progress.print(note(found))
       progress.print(f"Results: {workdir / 'results.md'}, {workdir / 'results.png'}")
 
 

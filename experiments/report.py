@@ -22,15 +22,15 @@ import ml_collections
 import numpy as np
 from absl import app, flags, logging
 
-from experiments import plots
 from experiments.config import EvaluationConfig, ExperimentConfig
-from experiments.config_io import read_config
-from experiments.progress import Progress
+from experiments.reporting import plots
+from experiments.reporting.progress import Progress
+from experiments.setup.config_flags import read_config
 from models.policy import build_policy
-from rspo_jax.data import Example
-from rspo_jax.evaluation import Completions
-from rspo_jax.metrics import METRICS, read_metrics
-from rspo_jax.workdir import write_text_atomic
+from rspo_jax.data.examples import Example
+from rspo_jax.evaluation.completion_log import Completions
+from rspo_jax.run.metrics import METRICS, read_metrics
+from rspo_jax.run.workdir import write_text_atomic
 
 _SHOWN_PROBLEMS = 12
 _SHOWN_CHARACTERS = 600  # of one prompt or answer
@@ -142,7 +142,7 @@ def write_report(workdir: Path, summary: Mapping[str, Any]) -> None:
   for name, picture in drawn.items():
     (workdir / "plots" / f"{name}.png").write_bytes(picture)
   environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "reporting"), autoescape=True, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
   )  # fmt: skip
   html = environment.get_template("report.html.jinja").render(

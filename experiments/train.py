@@ -16,22 +16,26 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import evaluation, report, run_state, runtime
-from experiments.command_line import run_app
+from experiments import report
 from experiments.config import ExperimentConfig
-from experiments.config_io import read_config
-from experiments.model_files import initial_state
-from experiments.progress import Progress
-from experiments.rl import build_rl
-from experiments.rollouts import Rollouts
-from experiments.warm_start import build_warm_start
-from experiments.wiring import Parts, build
-from rspo_jax import judging, mesh
-from rspo_jax.checkpoint import Checkpoints
-from rspo_jax.evaluation import Completions
-from rspo_jax.metrics import MetricsWriter
+from experiments.reporting.progress import Progress
+from experiments.setup import benchmarks, runtime
+from experiments.setup.benchmarks import make_benchmarks
+from experiments.setup.build import Parts, build
+from experiments.setup.command_line import run_app
+from experiments.setup.config_flags import read_config
+from experiments.setup.model_files import initial_state
+from experiments.setup.warm_start import build_warm_start
+from rspo_jax.evaluation.completion_log import Completions
+from rspo_jax.rewards import base
+from rspo_jax.rl_step import build_rl
+from rspo_jax.rollout.collector import Rollouts
+from rspo_jax.run.checkpoint import Checkpoints
+from rspo_jax.run.host_state import abstract, bundle, unbundle
+from rspo_jax.run.metrics import MetricsWriter
+from rspo_jax.run.workdir import claim_workdir, dump_json_atomic
+from rspo_jax.training.state import abstract_state, restart_optimizer
 from rspo_jax.types import Params, TrainState
-from rspo_jax.workdir import claim_workdir, dump_json_atomic
 
 # What may change between starts of one run: where and how often it writes, not what it computes.
 FREE_KEYS = (
@@ -56,7 +60,7 @@ class Run:
   def __init__(self, parts: Parts, rollouts: Rollouts, workdir: Path, progress: Progress):
     self.parts, self.rollouts, self.workdir, self.progress = parts, rollouts, workdir, progress
     self.config = parts.config
-    self.benchmarks = evaluation.make_benchmarks(parts)
+    self.benchmarks = make_benchmarks(parts)
     self.writer = MetricsWriter(workdir)
     self.checkpoints = Checkpoints(workdir, keep=self.config.checkpoint.keep)
     self.preemption = runtime.Preemption()
@@ -66,7 +70,7 @@ class Run:
   def save(self, phase: str, step: int, metrics: Mapping[str, float] | None = None) -> None:
     done = step + (self.config.warm_start.steps if phase == "rl" else 0)
     meta = {"phase": phase, "step": step, "data_position": step, "seed": self.config.seed, "seconds": self.seconds}
-    tree, size = run_state.bundle(self.state, self.rollouts.state(), self.parts.layout)
+    tree, size = bundle(self.state, self.rollouts.state(), self.parts.layout)
     self.checkpoints.save(done, tree, meta | size, metrics)
 
   def restore(self, abstract_states: Mapping[str, TrainState]) -> tuple[str, int]:
@@ -75,14 +79,12 @@ class Run:
     Args:
       abstract_states: per phase; what its optimizer keeps differs where RL freezes parameters.
     """
-    restored = self.checkpoints.restore(
-      lambda meta: run_state.abstract(abstract_states[meta["phase"]], meta, self.parts.layout)
-    )
+    restored = self.checkpoints.restore(lambda meta: abstract(abstract_states[meta["phase"]], meta, self.parts.layout))
     if restored is None:
       self.writer.truncate("", 0)
       return "", 0
     phase, step = restored.meta["phase"], restored.meta["step"]
-    self.state, carried = run_state.unbundle(restored.state, restored.meta)
+    self.state, carried = unbundle(restored.state, restored.meta)
     self.rollouts.restore(carried)
     self.seconds = dict(restored.meta["seconds"])
     self.writer.truncate(phase, step)
@@ -131,7 +133,7 @@ class Run:
   def evaluate(self) -> tuple[dict[str, float], list[Completions]]:
     """Held-out metrics, and the sampled completions of every benchmark."""
     start = time.perf_counter()
-    found = evaluation.evaluate(self.parts, self.state.params, self.benchmarks)
+    found = benchmarks.evaluate(self.parts, self.state.params, self.benchmarks)
     self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + time.perf_counter() - start
     return found
 
@@ -146,7 +148,7 @@ class Run:
   def close(self) -> None:
     self.writer.close()
     self.checkpoints.close()
-    judging.close(self.parts.reward)
+    base.close(self.parts.reward)
 
 
 def peak_memory() -> dict[str, int]:
@@ -166,7 +168,7 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
   try:
     phase, done = run.restore(
       {
-        name: mesh.abstract_state(parts.policy, optimizer, parts.layout)
+        name: abstract_state(parts.policy, optimizer, parts.layout)
         for name, optimizer in (("warm_start", warm_start.optimizer), ("rl", rl.optimizer))
       }
     )
@@ -176,7 +178,7 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
         run.state = initial_state(parts, warm_start.optimizer)
       run.phase("warm_start", warm_start.step, done, config.warm_start.steps)
       # RL begins with a fresh optimizer.
-      run.state = mesh.restart_optimizer(run.state, parts.policy, rl.optimizer, parts.layout)
+      run.state = restart_optimizer(run.state, parts.policy, rl.optimizer, parts.layout)
       run.write_evaluation(0, "before")
       done = 0
     rl_step = functools.partial(rl.step, reference=run.reference(done))

@@ -1,1 +1,6 @@
-"""Flax mixture-of-experts transformers as `rspo_jax.types.Policy`; they import nothing else of ours."""
+"""Functional Flax MoE transformers of the public families. They import `rspo_jax.types` and nothing else of the library."""
+
+from models.config import LoraConfig, RopeScaling, TransformerConfig
+from models.policy import build_policy
+
+__all__ = ["LoraConfig", "RopeScaling", "TransformerConfig", "build_policy"]

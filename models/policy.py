@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from models.attention import Context, LayerCache, RMSNorm, init_layer_cache, slot_axes
 from models.config import LoraConfig, TransformerConfig
-from models.rotary import rotary_angles
-from models.transformer import Block, LayerInputs, Transformer
-from models.weights import lora_update
+from models.layers.attention import Context, LayerCache, RMSNorm, init_layer_cache, slot_axes
+from models.layers.rotary import rotary_angles
+from models.layers.transformer import Block, LayerInputs, Transformer
+from models.layers.weights import merge_lora
 from rspo_jax.types import Array, Layout, Params, Policy, Probe, router_logits_probe
 
 
@@ -22,7 +22,7 @@ class KeyValueCache(NamedTuple):
   """What the sampler remembers of a batch.
 
   Attributes:
-    layers: per layer keys [B, heads, width, S] and values [B, heads, S, width] (`models.attention.LayerCache`).
+    layers: per layer keys [B, heads, width, S] and values [B, heads, S, width] (`models.layers.attention.LayerCache`).
     valid: [B, S] bool, slots to look at. position: [B] int32, how many valid tokens a row has seen.
     slot: [] int32, how many tokens have been written, the same for all rows; the next one goes to slot % S.
   """
@@ -96,19 +96,10 @@ def _boxed_init(config: TransformerConfig, rng: Array):
   return Transformer(config, probe=router_logits_probe).init(rng, one, one.astype(bool))["params"]
 
 
-def merge_lora(config: TransformerConfig, params: Params) -> tuple[TransformerConfig, Params]:
-  """The configuration and parameters without adapters that compute the same: W + alpha / rank * A B in W's place."""
-  if not config.lora.rank:
-    return config, params
-  flat = traverse_util.flatten_dict(params)
-  merged = {}
-  for path, leaf in flat.items():
-    a, b = ((*path[:-1], f"{path[-1]}_lora_{which}") for which in "ab")
-    if a in flat:
-      merged[path] = (leaf + lora_update(config.lora, leaf.shape, flat[a], flat[b])).astype(leaf.dtype)
-    elif not path[-1].endswith(("_lora_a", "_lora_b")):
-      merged[path] = leaf
-  return dataclasses.replace(config, lora=LoraConfig()), traverse_util.unflatten_dict(merged)
+def param_shapes(config: TransformerConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+  """Shape and dtype of every parameter by its path, such as ("layers_0", "attention", "query")."""
+  shapes = jax.eval_shape(lambda rng: nn.meta.unbox(_boxed_init(config, rng)), jax.random.key(0))
+  return traverse_util.flatten_dict(shapes)
 
 
 def _for_decode(config: TransformerConfig, params: Params, slots: int) -> dict[str, Any]:

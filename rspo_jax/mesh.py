@@ -1,18 +1,15 @@
 """F3: device meshes, made in one place, and the one table that maps logical axes to mesh axes."""
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
-from rspo_jax.types import Array, Layout, Params, Policy, TrainState
+from rspo_jax.types import Layout, Params, Policy
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -83,57 +80,6 @@ def param_shardings(policy: Policy, layout: Layout) -> Params:
       + "\n".join(wrong)
     )
   return shardings
-
-
-def state_shardings(policy: Policy, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
-  """Shardings of a `TrainState`: the optimizer's moments lie where their parameters lie, all else is replicated."""
-  params = param_shardings(policy, layout)
-  shapes = jax.eval_shape(policy.init, jax.random.key(0))
-  everywhere = layout.sharding()
-
-  def is_masked(leaf):
-    """Where a frozen parameter has no moments (`rspo_jax.parameters.freeze`)."""
-    return isinstance(leaf, optax.MaskedNode)
-
-  opt_state = optax.tree.map_params(
-    optimizer,
-    lambda leaf, sharding: leaf if is_masked(leaf) else sharding,
-    jax.eval_shape(optimizer.init, shapes),
-    params,
-    transform_non_params=lambda _: everywhere,
-    is_leaf=is_masked,
-  )
-  return TrainState(params=params, opt_state=opt_state, step=everywhere)
-
-
-def create_state(policy: Policy, optimizer: optax.GradientTransformation, seed: Array | int) -> TrainState:
-  """A fresh train state; pure, so that jit can place it and eval_shape can describe it."""
-  params = policy.init(jax.random.key(seed))
-  return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.zeros((), jnp.int32))
-
-
-def init_state(policy: Policy, optimizer: optax.GradientTransformation, seed: int, layout: Layout) -> TrainState:
-  """A fresh train state, made under one jit and born sharded."""
-  create = functools.partial(create_state, policy, optimizer)
-  return jax.jit(create, out_shardings=state_shardings(policy, optimizer, layout))(seed)
-
-
-def abstract_state(policy: Policy, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
-  """Shapes, dtypes and shardings of `init_state`, without making it: what a checkpoint is restored against."""
-  shapes = jax.eval_shape(functools.partial(create_state, policy, optimizer), 0)
-  shardings = state_shardings(policy, optimizer, layout)
-  return jax.tree.map(
-    lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
-  )
-
-
-def restart_optimizer(
-  state: TrainState, policy: Policy, optimizer: optax.GradientTransformation, layout: Layout
-) -> TrainState:
-  """The same parameters under an optimizer that has seen nothing, as when a new phase of training begins."""
-  shardings = state_shardings(policy, optimizer, layout)
-  opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(state.params)
-  return state.replace(opt_state=opt_state)
 
 
 def put_batch(batch: Any, layout: Layout) -> Any:

@@ -5,11 +5,11 @@ Letters used in every shape of this project: P prompts, G samples of each, B = P
 V vocabulary, S cache slots.
 
 Alignment: "slot t" describes `tokens[:, t]`. Its log-probability and its routing both come from position t - 1, the
-position whose logits scored that token (`rspo_jax.routing.to_slots` and `to_positions` move between the two).
+position whose logits scored that token (`rspo_jax.router.trace.to_slots` and `to_positions` move between the two).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 from flax import struct
@@ -214,3 +214,9 @@ class TrainState:
   params: Params
   opt_state: Any
   step: Array
+
+
+Placement = Literal["before_clip", "after_clip", "weight"]
+
+
+PLACEMENTS = ("before_clip", "after_clip", "weight")

@@ -17,7 +17,7 @@ from experiments.config import (
   SamplingConfig,
   WarmStartConfig,
 )
-from experiments.config_io import config_dict
+from experiments.setup.config_flags import config_dict
 from models.config import TransformerConfig
 
 

@@ -20,7 +20,7 @@ from experiments.config import (
   RewardConfig,
   SamplingConfig,
 )
-from experiments.config_io import config_dict
+from experiments.setup.config_flags import config_dict
 
 ASK = "{%s}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 

@@ -21,8 +21,8 @@ from experiments.config import (
   RLConfig,
   SamplingConfig,
 )
-from experiments.config_io import config_dict
-from experiments.model_files import read_model
+from experiments.setup.config_flags import config_dict
+from experiments.setup.model_files import read_model
 from models.config import TransformerConfig
 
 FILES = {

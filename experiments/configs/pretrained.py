@@ -17,8 +17,8 @@ from experiments.config import (
   RLConfig,
   SamplingConfig,
 )
-from experiments.config_io import config_dict
-from experiments.model_files import kind_of, read_model
+from experiments.setup.config_flags import config_dict
+from experiments.setup.model_files import kind_of, read_model
 
 
 def get_config(folder: str = ""):

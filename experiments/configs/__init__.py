@@ -1,0 +1,1 @@
+"""Configs: each opens with what it shows, what it costs and its command."""

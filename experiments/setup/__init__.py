@@ -1,0 +1,1 @@
+"""From a config to the components of a run: data, model, optimizers, samplers, benchmarks, devices."""

@@ -1,0 +1,116 @@
+"""F4: from `config.data` and `config.tokenizer` to prompts as the policy reads them."""
+
+import dataclasses
+import datetime
+import inspect
+from collections.abc import Mapping
+
+from absl import logging
+
+from experiments.config import DataConfig
+from rspo_jax.data.datasets import ALPHABETS, DATASETS
+from rspo_jax.data.examples import Split
+from rspo_jax.tokenization.basic import ByteTokenizer, CharTokenizer, Tokenizer
+from rspo_jax.tokenization.hf import HFTokenizer, load_tokenizer
+
+# What chat templates that write the date are told: a run that goes on tomorrow has to read the same prompts.
+CHAT_DATE = datetime.datetime(2025, 1, 1)
+
+
+def make_tokenizer(name: str, dataset: str) -> Tokenizer:
+  """The tokenizer that `config.tokenizer` names, by characters of the data set for ''.
+
+  Raises:
+    ValueError: its folder cannot be read, or the data set has no alphabet.
+  """
+  if name == "bytes":
+    return ByteTokenizer()
+  if name:
+    return load_tokenizer(name)
+  if dataset not in ALPHABETS:
+    raise ValueError(
+      f"config.tokenizer is '', a token for each character of the data set, but of these {dataset} has no list; only "
+      f"{', '.join(ALPHABETS)} have one. Set config.tokenizer to a folder with a tokenizer.json, or to 'bytes'."
+    )
+  return CharTokenizer(ALPHABETS[dataset])
+
+
+def read_data(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Split]:
+  """The splits of a data set, with `chat`, `system` and `max_prompt_tokens` followed.
+
+  Raises:
+    ValueError: what the data set raises, an option that it does not have, a chat that cannot be written, or no prompt
+      that is short enough.
+  """
+  loader = DATASETS[data.name]
+  try:
+    inspect.signature(loader).bind(None, **data.options)
+  except TypeError as error:
+    raise ValueError(f"config.data.options do not fit {data.name}: {error}.") from error
+  if data.system and not data.chat:
+    raise ValueError("config.data.system is for chats only; set config.data.chat=true, or leave it out.")
+  splits = loader(data.data_dir or None, **data.options)
+  if data.chat:
+    splits = {name: as_chat(split, tokenizer, data.system) for name, split in splits.items()}
+  if data.max_prompt_tokens:
+    splits = {name: up_to_length(split, tokenizer, data.max_prompt_tokens) for name, split in splits.items()}
+  return splits
+
+
+def need_splits(splits: Mapping[str, Split], *names: str) -> None:
+  """Raises ValueError if one of these splits is not there."""
+  for name in names:
+    if name not in splits:
+      hold_out = "" if name == "train" else ", hold some of train out with config.data.options.holdout"
+      raise ValueError(
+        f"config.data gives no {name} split, only {', '.join(splits)}. Name its files in config.data.options.{name}"
+        f"{hold_out} (docs/data.md)."
+      )
+
+
+def as_chat(split: Split, tokenizer: Tokenizer, system: str = "") -> Split:
+  """A split whose prompts are what a user says, in the tokenizer's chat template, up to where the answer begins.
+
+  Args:
+    system: what the system says before; '' for nothing.
+  Raises:
+    ValueError: the tokenizer has no chat template, or its template refuses the messages.
+  """
+  if not isinstance(tokenizer, HFTokenizer) or not tokenizer.templates:
+    raise ValueError(
+      "config.data.chat is true, but the tokenizer has no chat template. Set config.tokenizer to the folder of a chat "
+      "model, write chat_template.jinja there, or set config.data.chat=false."
+    )
+  before = [{"role": "system", "content": system}] if system else []
+
+  def chat(prompt: str) -> str:
+    return tokenizer.render_chat([*before, {"role": "user", "content": prompt}], now=CHAT_DATE)
+
+  examples = tuple(example._replace(prompt=chat(example.prompt)) for example in split.examples)
+  return dataclasses.replace(split, examples=examples)
+
+
+def up_to_length(split: Split, tokenizer: Tokenizer, limit: int) -> Split:
+  """The examples whose prompts have at most so many tokens; warns of how many have more.
+
+  Raises:
+    ValueError: none is left, of the split or of a source of a mixture.
+  """
+  lengths = [len(tokenizer.encode(example.prompt)) for example in split.examples]
+  kept = tuple(example for example, length in zip(split.examples, lengths, strict=True) if length <= limit)
+  if missing := sorted({example.source for example in split.examples} - {example.source for example in kept}):
+    of = f" from {', '.join(missing)}" if all(missing) else ""
+    raise ValueError(
+      f"config.data.max_prompt_tokens is {limit}, which leaves no prompt{of} in {split.name}; they have "
+      f"{min(lengths)} to {max(lengths)} tokens. Raise it."
+    )
+  if len(kept) < len(lengths):
+    logging.warning(
+      "%s: %d of %d prompts have more than %d tokens (the longest has %d) and are left out.",
+      split.name,
+      len(lengths) - len(kept),
+      len(lengths),
+      limit,
+      max(lengths),
+    )
+  return dataclasses.replace(split, examples=kept)

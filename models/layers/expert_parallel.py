@@ -1,0 +1,100 @@
+"""The experts of one layer on a mesh: every device runs the experts it holds on the tokens of its expert group."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from models.layers.experts import Experts, run_experts
+from rspo_jax.types import Array, Layout
+
+
+def choose(score: Array, k: int, layout: Layout | None) -> tuple[Array, Array]:
+  """The k largest along the last axis of score [B, ..., N]: (values, index int32), each [B, ..., k], largest first.
+
+  Every device chooses for its own rows: left to itself, XLA gathers the scores of all rows on all devices.
+  """
+  largest = functools.partial(jax.lax.top_k, k=k)
+  if layout is None:
+    return largest(score)
+  rows = layout.spec("batch", *[None] * (score.ndim - 1))
+  return jax.shard_map(largest, mesh=layout.mesh, in_specs=rows, out_specs=rows)(score)
+
+
+def run_sharded_experts(
+  x: Array,
+  expert_index: Array,
+  gate: Array,
+  weights: Experts,
+  *,
+  swiglu_limit: float | None = None,
+  backend: str,
+  layout: Layout | None,
+) -> Array:
+  """`run_experts` for x [B, T, D], expert_index and gate [B, T, K], over the mesh of `layout` (None: one device).
+
+  Tokens are gathered along the expert axis, each device adds up what its own experts say, and the sums are scattered
+  back: dropless and exact, whatever the routing. Splitting the experts' inner width ("expert_mlp") adds one more sum.
+
+  Returns:
+    [B, T, D] in x.dtype.
+  """
+
+  def run_flat(x, expert_index, gate, weights):
+    flat = [array.reshape(-1, array.shape[-1]) for array in (x, expert_index, gate)]
+    return run_experts(*flat, weights, swiglu_limit=swiglu_limit, backend=backend).reshape(x.shape)
+
+  if layout is None:
+    return run_flat(x, expert_index, gate, weights)
+
+  def used(axis: str | None) -> str | None:
+    """A collective over one device still costs a rendezvous."""
+    return axis if axis is not None and layout.mesh.shape[axis] > 1 else None
+
+  expert_axis, inner_axis = used(layout.rules["experts"]), used(layout.rules["expert_mlp"])
+
+  def run_local(x, expert_index, gate, weights):
+    experts_here = weights.gate.shape[0]
+    if expert_axis is not None:
+      x = jax.lax.all_gather(x, expert_axis, axis=0, tiled=True)
+      gate, expert_index = _gather_pairs(gate, expert_index, expert_axis)
+      expert_index = expert_index - jax.lax.axis_index(expert_axis) * experts_here
+    y = run_flat(x, expert_index, gate, weights)
+    if inner_axis is not None:
+      y = jax.lax.psum(y, inner_axis)
+    if expert_axis is not None:
+      y = jax.lax.psum_scatter(y, expert_axis, scatter_dimension=0, tiled=True)
+    return y
+
+  rows = layout.spec("batch", None, None)
+  inward, outward = layout.spec("experts", None, "expert_mlp"), layout.spec("experts", "expert_mlp", None)
+  bias = None if weights.gate_bias is None else layout.spec("experts", "expert_mlp")
+  # check_vma=False: the blocks backend has its own VJP, whose weight gradients are local; the transpose of shard_map
+  # then sums them over the axes the weights are not split on.
+  return jax.shard_map(
+    run_local,
+    mesh=layout.mesh,
+    in_specs=(rows, rows, rows, Experts(inward, inward, outward, bias, bias)),
+    out_specs=rows,
+    check_vma=False,
+  )(x, expert_index, gate, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gather_pairs(gate: Array, expert_index: Array, axis: str) -> tuple[Array, Array]:
+  """(gate float32, expert_index int32) of all devices along `axis`, in one collective."""
+  bits = jnp.concatenate([jax.lax.bitcast_convert_type(gate, jnp.int32), expert_index], axis=-1)
+  bits = jax.lax.all_gather(bits, axis, axis=0, tiled=True)
+  gate, expert_index = jnp.split(bits, 2, axis=-1)
+  return jax.lax.bitcast_convert_type(gate, jnp.float32), expert_index
+
+
+def _gather_pairs_forward(gate, expert_index, axis):
+  return _gather_pairs(gate, expert_index, axis), None
+
+
+def _gather_pairs_backward(axis, _, cotangents):
+  return jax.lax.psum_scatter(cotangents[0], axis, scatter_dimension=0, tiled=True), None
+
+
+_gather_pairs.defvjp(_gather_pairs_forward, _gather_pairs_backward)

@@ -1,0 +1,33 @@
+"""Examples in memory: read from files or generated tasks, mixed, and asked for by step, with a curriculum or without.
+
+A loader returns {split: Split} and checks every record first. Scoring completions is `rspo_jax.rewards`.
+"""
+
+from rspo_jax.data.curriculum import Curriculum
+from rspo_jax.data.datasets import (
+  ALPHABETS,
+  DATASETS,
+  cache_dir,
+  load_countdown,
+  load_files,
+  load_knights,
+  load_mixture,
+)
+from rspo_jax.data.examples import Batches, Example, Split, batches, read_split, walk
+
+__all__ = [
+  "ALPHABETS",
+  "Batches",
+  "Curriculum",
+  "DATASETS",
+  "Example",
+  "Split",
+  "batches",
+  "cache_dir",
+  "load_countdown",
+  "load_files",
+  "load_knights",
+  "load_mixture",
+  "read_split",
+  "walk",
+]

@@ -1,0 +1,55 @@
+"""What is maximised: objectives on plain arrays, how their terms are averaged, advantages, KL, and mismatch weights.
+
+Every objective is a pure function of one signature (log-ratio, advantage, mask, log_shift, placement and its own
+options) that returns `Terms`. Nothing here runs a model; what a router did comes in as `log_shift`.
+"""
+
+from rspo_jax.objectives.advantages import (
+  BASELINES,
+  SCALES,
+  group_advantages,
+  token_advantages,
+  whiten,
+  zero_variance,
+  zero_variance_fraction,
+)
+from rspo_jax.objectives.aggregation import AGGREGATIONS, aggregate, aggregation_weight
+from rspo_jax.objectives.mismatch import CORRECTIONS, LEVELS, MismatchOptions, mismatch_weight
+from rspo_jax.objectives.penalties import KL_ESTIMATORS, kl, overlong_penalty
+from rspo_jax.objectives.sequence_level import gmpo, gspo, rloo
+from rspo_jax.objectives.table import OBJECTIVES, Recipe, policy_loss
+from rspo_jax.objectives.terms import Objective, Terms
+from rspo_jax.objectives.token_level import cispo, grpo, gspo_token, policy_gradient, sapo
+
+__all__ = [
+  "AGGREGATIONS",
+  "BASELINES",
+  "CORRECTIONS",
+  "KL_ESTIMATORS",
+  "LEVELS",
+  "MismatchOptions",
+  "OBJECTIVES",
+  "Objective",
+  "Recipe",
+  "SCALES",
+  "Terms",
+  "aggregate",
+  "aggregation_weight",
+  "cispo",
+  "gmpo",
+  "group_advantages",
+  "grpo",
+  "gspo",
+  "gspo_token",
+  "kl",
+  "mismatch_weight",
+  "overlong_penalty",
+  "policy_gradient",
+  "policy_loss",
+  "rloo",
+  "sapo",
+  "token_advantages",
+  "whiten",
+  "zero_variance",
+  "zero_variance_fraction",
+]

@@ -1,0 +1,149 @@
+"""F1: rewards to advantages: baselines within a prompt's group, scales, and returns of tokens.
+
+Everything here is taken over the whole rollout, before it is cut into minibatches: an advantage must not depend on the
+cut. Rows that are filtered out (`keep`) neither get an advantage nor move the baseline of the others.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rspo_jax.types import Array
+
+BASELINES = ("group_mean", "leave_one_out", "none")
+SCALES = ("group_std", "batch_std", "none")
+
+
+def _checked(reward: Array, group: int | Array, keep: Array | None) -> tuple[Array, Array, Array]:
+  """(reward [B] in at least float32, group ids [B] int32, keep [B] bool)."""
+  reward = jnp.asarray(reward)
+  if reward.ndim != 1:
+    raise ValueError(f"reward has shape {reward.shape}; want [B], one reward per row.")
+  rows = reward.shape[0]
+  if isinstance(group, int):
+    if group < 2:
+      raise ValueError(f"group is {group}; a group needs at least 2 samples to have a baseline.")
+    if rows % group:
+      raise ValueError(
+        f"{rows} rewards do not divide into groups of {group}; want prompt-major rows, all samples of a prompt side by "
+        "side, every group complete. Groups of unequal size are given as group=[B] numbers, one for every row."
+      )
+    group = jnp.arange(rows, dtype=jnp.int32) // group
+  keep = jnp.ones(rows, bool) if keep is None else jnp.asarray(keep)
+  for name, array in (("group", group), ("keep", keep)):
+    if array.shape != (rows,):
+      raise ValueError(f"{name} has shape {array.shape}; want [{rows}], one entry for every reward.")
+  reward = reward.astype(jnp.promote_types(reward.dtype, jnp.float32))
+  return jnp.where(keep, reward, 0), group.astype(jnp.int32), keep
+
+
+def _per_group(x: Array, group: Array) -> Array:
+  """Sums over groups, handed back to every row: [B] -> [B]."""
+  return jax.ops.segment_sum(x, group, num_segments=group.size)[group]
+
+
+def _uniform(reward: Array, group: Array, keep: Array) -> Array:
+  """[B] bool, all kept rewards of the row's group are equal. By comparison: rounding must not make a signal of them."""
+  most = jax.ops.segment_max(jnp.where(keep, reward, -jnp.inf), group, num_segments=group.size)
+  least = jax.ops.segment_min(jnp.where(keep, reward, jnp.inf), group, num_segments=group.size)
+  return (most <= least)[group]
+
+
+def group_advantages(
+  reward: Array,
+  group: int | Array,
+  *,
+  keep: Array | None = None,
+  baseline: str = "group_mean",
+  scale: str = "group_std",
+  ddof: int = 1,
+  epsilon: float = 1e-6,
+) -> Array:
+  """Advantage of each sample over its prompt's group.
+
+  Args:
+    reward: [B].
+    group: G >= 2, for prompt-major rows with G samples of every prompt side by side; or [B] integers in [0, B), the
+      group of every row, for groups of any size in any order.
+    keep: [B] bool, rows that count; the others get 0. None keeps all.
+    baseline: "group_mean" (GRPO); "leave_one_out", the mean of the group's other samples (RLOO), 0 for a lone sample;
+      "none" (the reward itself).
+    scale: "group_std" divides by the group's standard deviation + epsilon (GRPO); "none" keeps the reward's unit
+      (Dr.GRPO). "batch_std" does nothing here: `whiten` the tokens' advantages afterwards.
+    ddof: the deviation divides by n - ddof. The GRPO paper only says "std"; 1 is torch.std's default, which TRL and
+      verl use; 0 is numpy's. A group with no more than ddof samples is not scaled.
+    epsilon: added to the deviation, in the reward's unit (verl 1e-6, TRL 1e-4).
+  Returns:
+    [B] float32, no gradient. With "group_mean" its mean is 0 in every group; with a baseline it is exactly 0 in a
+    group of equal rewards.
+  Raises:
+    ValueError: shapes that do not fit, a group of 1, an unknown baseline or scale, or a negative ddof.
+  Source: DeepSeekMath, arXiv 2402.03300, section 4.1.2; Dr.GRPO, arXiv 2503.20783; RLOO, arXiv 2402.14740.
+  """
+  if baseline not in BASELINES or scale not in SCALES:
+    raise ValueError(
+      f"baseline is {baseline!r} and scale {scale!r}; want a baseline of {BASELINES} and a scale of {SCALES}."
+    )
+  if ddof < 0 or (isinstance(group, int) and ddof >= max(group, 2)):
+    raise ValueError(f"ddof is {ddof}; want 0 <= ddof < the size of a group. Use 1, or 0 as numpy.")
+  reward, group, keep = _checked(reward, group, keep)
+  count = _per_group(keep.astype(reward.dtype), group)
+  centred = jnp.where(keep, reward - _per_group(reward, group) / jnp.maximum(count, 1), 0)
+  if baseline == "none":
+    advantage = reward
+  else:
+    advantage = jnp.where(_uniform(reward, group, keep), 0, centred)
+    if baseline == "leave_one_out":
+      advantage = advantage * count / jnp.maximum(count - 1, 1)
+  if scale == "group_std":
+    std = jnp.sqrt(_per_group(centred**2, group) / jnp.maximum(count - ddof, 1))
+    advantage = jnp.where(count > ddof, advantage / (std + epsilon), advantage)
+  return jax.lax.stop_gradient(jnp.where(keep, advantage, 0))
+
+
+def zero_variance(reward: Array, group: int | Array, *, keep: Array | None = None) -> Array:
+  """[B] bool, the row's group has all its (kept) rewards equal: under a group baseline it teaches nothing.
+
+  Arguments as in `group_advantages`. What dynamic sampling filters out (DAPO, arXiv 2503.14476, eq. 11).
+  """
+  return _uniform(*_checked(reward, group, keep))
+
+
+def zero_variance_fraction(reward: Array, samples_per_prompt: int) -> Array:
+  """[] float32, the share of groups with all rewards equal, for prompt-major rows."""
+  return zero_variance(reward, samples_per_prompt)[::samples_per_prompt].mean(dtype=jnp.float32)
+
+
+def token_advantages(advantage: Array, mask: Array, *, penalty: Array | None = None) -> Array:
+  """Advantages of rows handed to their tokens, less what the tokens from there on cost (undiscounted return to go).
+
+  Args:
+    advantage: [B]. mask: [B, T] bool.
+    penalty: [B, T], the cost of each token, in the reward's unit (a KL coefficient times `rspo_jax.objectives.penalties.kl`).
+  Returns:
+    [B, T] float32, no gradient, 0 outside the mask.
+  Source: REINFORCE++, arXiv 2501.03262.
+  """
+  returns = jnp.broadcast_to(advantage[:, None], mask.shape)
+  if penalty is not None:
+    cost = jnp.where(mask, penalty, 0)
+    returns = returns - jnp.flip(jnp.cumsum(jnp.flip(cost, axis=1), axis=1), axis=1)
+  return jax.lax.stop_gradient(jnp.where(mask, returns, 0))
+
+
+def whiten(x: Array, mask: Array, *, ddof: int = 1, epsilon: float = 1e-8) -> Array:
+  """(x - mean) / sqrt(variance + epsilon) over all selected entries of the batch.
+
+  Over tokens [B, T] a long row weighs more than a short one, as in verl and OpenRLHF.
+
+  Args:
+    x: any shape. mask: bool, same shape. ddof: the variance divides by n - ddof (verl: 1).
+    epsilon: in the unit of x squared.
+  Returns:
+    As x, no gradient, 0 outside the mask; all 0 if at most ddof entries are selected.
+  Source: REINFORCE++, arXiv 2501.03262.
+  """
+  count = mask.sum()
+  x = jnp.where(mask, x, 0)
+  centred = jnp.where(mask, x - x.sum() / jnp.maximum(count, 1), 0)
+  variance = jnp.sum(centred**2) / jnp.maximum(count - ddof, 1)
+  return jax.lax.stop_gradient(jnp.where(count > ddof, centred * jax.lax.rsqrt(variance + epsilon), 0))

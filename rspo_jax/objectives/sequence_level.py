@@ -1,0 +1,130 @@
+"""F1: policy-gradient objectives with one ratio for a whole sequence; the signature of `rspo_jax.objectives.token_level`.
+
+    gspo   J = A * exp(clip(mean_t q[t]))
+    gmpo   J = A * exp(mean_t clip(q[t]))       with router shift: RSPO
+    rloo   J = A * exp(clip(sum_t q[t]))        or token by token, or without a ratio
+
+The term stands on every token of its row: "seq_mean_token_mean" is the mean over sequences.
+"""
+
+from typing import Literal
+
+import jax.numpy as jnp
+
+from rspo_jax.objectives.terms import Terms, clip, clipped_terms, prepare, ratio_bounds
+from rspo_jax.objectives.token_level import grpo, policy_gradient
+from rspo_jax.types import Array, Placement
+
+_MOST = 30.0  # nats: a summed log-ratio is held here, or one long sequence would be infinite
+
+
+def gspo(
+  log_ratio: Array,
+  advantage: Array,
+  mask: Array,
+  *,
+  log_shift: Array | None = None,
+  placement: Placement = "before_clip",
+  eps_low: float = 3e-4,
+  eps_high: float = 4e-4,
+) -> Terms:
+  """One length-normalised ratio per sequence, w = exp(mean_t q_t), clipped as in PPO.
+
+  Router shift before a clip this narrow is a trap: at ratio 1, a mean trust below 1 - eps_low = 0.9997 puts
+  every negative sequence under the lower bound (no gradient at all) and takes positive ones away from the
+  upper bound. "after_clip" and "weight" leave the window alone and multiply the clipped term by the geometric mean of
+  the row's trust.
+
+  Args and errors: as `rspo_jax.objectives.token_level.grpo`, with advantage [B].
+  Returns:
+    Terms with the row's term and flags on each of its masked tokens.
+  Source: GSPO, arXiv 2507.18071, eq. 5 to 7.
+  """
+  x = prepare(log_ratio, advantage, mask, log_shift, placement, per_token=False)
+  clipped, low, high = clip(x.mean(x.log_ratio), x.advantage, *ratio_bounds(eps_low, eps_high))
+  return clipped_terms(x, jnp.exp(clipped + x.mean(x.late_shift)) * x.advantage, low, high)
+
+
+def gmpo(
+  log_ratio: Array,
+  advantage: Array,
+  mask: Array,
+  *,
+  log_shift: Array | None = None,
+  placement: Placement = "before_clip",
+  eps_low: float = 0.4,
+  eps_high: float = 0.4,
+  bounds: Literal["ratio", "signed"] = "ratio",
+  length_epsilon: float = 0.0,
+) -> Terms:
+  """Geometric mean of token ratios, each clipped to [exp(-eps_low), exp(eps_high)]. With `log_shift`: RSPO.
+
+  Two conventions for the bounds, chosen by name; at equal eps, the default, they are one:
+    "ratio" (verl): q_t itself is bounded, by -eps_low for A < 0 and by eps_high for A > 0.
+    "signed" (the papers): with s = sign(A), c_t = min(s q_t, clip(s q_t, -eps_low, eps_high)). Under that min the lower
+      bound never binds, so q_t is bounded by -eps_high for A < 0 and by eps_high for A > 0.
+
+  Placements of router shift:
+    "before_clip": q_t + log trust_t is clipped (v2).
+    "after_clip": v1 as printed, J = A exp(s mean_t (c_t + log trust_t)): the trust stands under s, so it damps
+      positive sequences and AMPLIFIES negative ones.
+    "weight": J = A exp(mean_t (clip(q_t) + log trust_t)) damps both.
+
+  Args and errors: as `rspo_jax.objectives.token_level.grpo`, with advantage [B], except
+    eps_low, eps_high: >= 0, in nats: bounds on the log-ratio.
+    length_epsilon: added to the number of tokens that the mean divides by (the authors' code and verl: 1e-8).
+  Returns:
+    Terms with the row's term on each of its masked tokens; the flags are the tokens' own.
+  Source: GMPO, arXiv 2507.20673; RSPO, arXiv 2510.23027v2 (before the clip) and v1 (after it).
+  """
+  if not (eps_low >= 0.0 and eps_high >= 0.0):
+    raise ValueError(
+      f"eps_low is {eps_low} and eps_high is {eps_high}; the log-ratio is kept in [-eps_low, eps_high]: want "
+      "both >= 0 (0.4 for a ratio in [exp(-0.4), exp(0.4)])."
+    )
+  if bounds not in ("ratio", "signed"):
+    raise ValueError(f"bounds is {bounds!r}; want 'ratio' (bounds on q) or 'signed' (bounds on sign(A) q).")
+  x = prepare(log_ratio, advantage, mask, log_shift, placement, per_token=False)
+  clipped, low, high = clip(x.log_ratio, x.advantage, -(eps_low if bounds == "ratio" else eps_high), eps_high)
+  sign = jnp.sign(x.advantage) if placement == "after_clip" else 1
+  exponent = (clipped + sign * x.late_shift).sum(axis=1, keepdims=True) / (x.length + length_epsilon)
+  return clipped_terms(x, jnp.exp(exponent) * x.advantage, low, high)
+
+
+def rloo(
+  log_ratio: Array,
+  advantage: Array,
+  mask: Array,
+  *,
+  log_shift: Array | None = None,
+  placement: Placement = "before_clip",
+  ratio: Literal["sequence", "token", "none"] = "sequence",
+  eps_low: float = 0.2,
+  eps_high: float = 0.2,
+) -> Terms:
+  """What goes with leave-one-out advantages. Three conventions for the ratio, chosen by name.
+
+    "sequence" (TRL): the probability ratio of the whole sequence, exp(sum_t q_t), clipped as in PPO; not normalised
+      by length. The sum is held at 30 nats.
+    "token" (verl, OpenRLHF): PPO token by token, that is `grpo`.
+    "none" (the paper): REINFORCE, that is `policy_gradient`.
+
+  Args and errors: as `rspo_jax.objectives.token_level.grpo`. With "sequence" the advantage is [B], and trust after the clip
+    is the product of the row's.
+  Returns:
+    Terms; for "sequence" with the row's term and flags on each of its masked tokens.
+  Source: Ahmadian et al., arXiv 2402.14740.
+  """
+  shared = {"log_shift": log_shift, "placement": placement}
+  if ratio == "none":
+    return policy_gradient(log_ratio, advantage, mask, **shared)
+  if ratio == "token":
+    return grpo(log_ratio, advantage, mask, eps_low=eps_low, eps_high=eps_high, **shared)
+  if ratio != "sequence":
+    raise ValueError(f"ratio is {ratio!r}; want 'sequence', 'token' or 'none'.")
+  x = prepare(log_ratio, advantage, mask, log_shift, placement, per_token=False)
+  whole = x.log_ratio.sum(axis=1, keepdims=True)
+  clipped, low, high = clip(whole, x.advantage, *ratio_bounds(eps_low, eps_high))
+  late = x.late_shift.sum(axis=1, keepdims=True)
+  objective = jnp.exp(jnp.minimum(clipped, _MOST) + late) * x.advantage
+  return clipped_terms(x, objective, low, high | (clipped > _MOST))

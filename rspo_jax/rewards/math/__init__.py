@@ -1,0 +1,8 @@
+"""Answers compared by math-verify, in worker processes that can be killed.
+
+`equivalence` and `shortcuts` run in the workers and import nothing of ours.
+"""
+
+from rspo_jax.rewards.math.reward import MathReward, MathVerdict, Why, gold_answers
+
+__all__ = ["MathReward", "MathVerdict", "Why", "gold_answers"]

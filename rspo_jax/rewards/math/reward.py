@@ -1,0 +1,131 @@
+"""F3: the answer in a completion, and batches of answers judged by math-verify in workers that can be killed."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from rspo_jax.data.examples import Example
+from rspo_jax.rewards.base import RewardResult
+from rspo_jax.rewards.worker_pool import Outcome, WorkerPool
+from rspo_jax.tasks.answers import FORMS, How, extract_answer
+
+Why = Literal["right", "wrong", "no answer", "unparsed", "timeout", "failed"]
+
+_SHORTCUTS = str(pathlib.Path(__file__).with_name("shortcuts.py"))  # by its file: the package imports JAX
+
+
+class MathVerdict(NamedTuple):
+  """Of one completion.
+
+  Attributes:
+    success: its answer is right.
+    why: 'right'; 'wrong'; 'no answer' in the text; 'unparsed', math-verify cannot read the answer or the gold one and
+      they are not the same text; 'timeout'; 'failed', math-verify raised or ended its worker.
+    how: where the answer stood.
+    answer: as it stood there; '' for none.
+  """
+
+  success: bool
+  why: Why
+  how: How
+  answer: str = ""
+
+
+def gold_answers(gold: Any) -> tuple[str, ...]:
+  """The alternatives that a gold answer names, any of which is right.
+
+  Args:
+    gold: LaTeX, or a sequence of alternatives, each LaTeX or a sequence of parts that are all wanted, in any order.
+  Raises:
+    ValueError: anything else, or no alternative, or an empty one.
+  """
+  alternatives = [gold] if isinstance(gold, str) else gold
+  if isinstance(alternatives, list | tuple) and alternatives:
+    joined = [part if isinstance(part, str) else ", ".join(map(str, part)) for part in alternatives]
+    if all(part.strip() for part in joined):
+      return tuple(joined)
+  raise ValueError(
+    f"a gold answer is {gold!r}; want LaTeX text, or a sequence of alternatives, each a text or a sequence of parts."
+  )
+
+
+class MathReward:
+  """1 for a right answer, format_reward for a marked and readable one that is wrong, else 0. docs/math_rewards.md.
+
+  Marked is an answer in a box or after ####. Whole batches are judged in a pool of workers, equal pairs of gold answer
+  and answer once. A context manager; without it the workers end with the process that made them.
+  """
+
+  def __init__(
+    self,
+    *,
+    format_reward: float = 0.0,
+    forms: Sequence[How] = FORMS,
+    workers: int = 2,
+    timeout: float = 5.0,
+    recycle: int = 10_000,
+  ):
+    """Starts the workers.
+
+    Args:
+      format_reward: in [0, 1).
+      forms: of `FORMS`, where an answer may stand.
+      workers, timeout, recycle: see `WorkerPool`; timeout is per answer and gold alternative.
+    Raises:
+      ValueError: a setting out of range.
+    """
+    if not 0.0 <= format_reward < 1.0:
+      raise ValueError(f"format_reward is {format_reward}; want a value in [0, 1), less than a right answer earns.")
+    if not forms or set(forms) - set(FORMS):
+      raise ValueError(f"forms is {forms!r}; want one or more of {', '.join(FORMS)}.")
+    self._format_reward, self._forms = format_reward, tuple(forms)
+    self._pool = WorkerPool(
+      "rspo_jax.rewards.math.equivalence:load", argument=_SHORTCUTS, workers=workers, timeout=timeout, recycle=recycle
+    )
+
+  def __enter__(self) -> "MathReward":
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    self.close()
+
+  def close(self) -> None:
+    self._pool.close()
+
+  def __call__(self, text: str, example: Example) -> RewardResult:
+    return self.judge([text], [example])[0]
+
+  def judge(self, texts: Sequence[str], examples: Sequence[Example]) -> list[RewardResult]:
+    """texts[i] answers examples[i], whose gold is what `gold_answers` takes; ValueError for any other."""
+    results = []
+    for verdict in self.verdicts(texts, [example.gold for example in examples]):
+      marked = verdict.how in ("boxed", "####") and verdict.why in ("right", "wrong")
+      reward = 1.0 if verdict.success else self._format_reward if marked else 0.0
+      results.append(RewardResult(reward, verdict.success, marked, verdict.why, verdict.answer))
+    return results
+
+  def verdicts(self, texts: Sequence[str], golds: Sequence[Any]) -> list[MathVerdict]:
+    """As `judge`, with gold answers for examples."""
+    wanted = [gold_answers(gold) for gold in golds]
+    found = [extract_answer(text, self._forms) for text in texts]
+    pairs = dict.fromkeys(
+      (gold, answer)
+      for (answer, _), alternatives in zip(found, wanted, strict=True)
+      if answer is not None
+      for gold in alternatives
+    )
+    why = dict(zip(pairs, map(_why, self._pool.map(list(pairs))), strict=True))
+    verdicts = []
+    for (answer, how), alternatives in zip(found, wanted, strict=True):
+      reasons = [why[gold, answer] for gold in alternatives] if answer is not None else ["no answer"]
+      reason = min(reasons, key=_PRECEDENCE.index)
+      verdicts.append(MathVerdict(reason == "right", reason, how, answer or ""))
+    return verdicts
+
+
+# Of several alternatives the first of these speaks.
+_PRECEDENCE: tuple[Why, ...] = ("right", "timeout", "failed", "unparsed", "wrong", "no answer")
+
+
+def _why(outcome: Outcome) -> Why:
+  return {"ok": outcome.value, "timeout": "timeout"}.get(outcome.status, "failed")

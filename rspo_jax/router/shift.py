@@ -1,0 +1,156 @@
+"""F1: router shift: how far the router moved since the rollout, and how much trust that leaves in a token.
+
+    deviation of a layer  d[l, t]  how the router's view of the OLD experts changed (`DEVIATIONS`)
+    of a token            D[t]     over layers (`LAYERS`), then per token or over the sequence (`LEVELS`)
+    trust                 gamma[t] = max(exp(-D[t]), floor), always without gradient
+
+The paper's choice is every default here: absolute log-difference, mean over layers, per token, floor 0.8, before the
+clip (arXiv 2510.23027v2). The others are there to be compared with it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from rspo_jax.types import PLACEMENTS, Array, RoutingTrace
+
+DEVIATIONS = ("abs", "squared", "kl", "overlap")
+LAYERS = ("mean", "sum", "max")
+LEVELS = ("token", "sequence")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiftOptions:
+  """How router shift is measured and where it enters.
+
+  Attributes:
+    floor: gamma_min, smallest trust, in (0, 1]; 1 switches router shift off. Or a schedule: updates taken -> floor.
+    placement: where the trust enters an objective, one of `rspo_jax.types.PLACEMENTS`.
+    deviation: "abs", mean over the old experts of |change of log-probability|, nats; "squared", mean of its square,
+      nats^2; "kl", KL(old || new) of the router over all experts, nats (the trace then keeps all E of them); "overlap",
+      1 - |old and new top-k| / K.
+    layers: "mean", "sum" or "max" over the mixture-of-experts layers.
+    level: "token", or "sequence": the mean over the row's tokens, one trust for all of them.
+  """
+
+  floor: float | Callable[[Array], Array] = 0.8
+  placement: str = "before_clip"
+  deviation: str = "abs"
+  layers: str = "mean"
+  level: str = "token"
+
+  def __post_init__(self):
+    for name, known in (
+      ("placement", PLACEMENTS),
+      ("deviation", DEVIATIONS),
+      ("layers", LAYERS),
+      ("level", LEVELS),
+    ):
+      if getattr(self, name) not in known:
+        raise ValueError(f"router shift's {name} is {getattr(self, name)!r}; want one of {known}.")
+    if not callable(self.floor):
+      _check_floor(self.floor)
+
+  def floor_at(self, step: Array) -> float | Array:
+    """The floor after `step` updates."""
+    return self.floor(step) if callable(self.floor) else self.floor
+
+
+def linear_floor(start: float, end: float, updates: int, *, begin: int = 0) -> Callable[[Array], Array]:
+  """A schedule for `ShiftOptions.floor`: from `start` to `end` over `updates` updates after the first `begin`.
+
+  Raises:
+    ValueError: a floor outside (0, 1], or updates < 1.
+  """
+  _check_floor(start)
+  _check_floor(end)
+  if updates < 1:
+    raise ValueError(f"updates is {updates}; want at least 1 (a constant floor is a plain number).")
+  return lambda step: start + (end - start) * jnp.clip((step - begin) / updates, 0.0, 1.0)
+
+
+def _check_floor(floor: float) -> None:
+  if not 0.0 < floor <= 1.0:
+    raise ValueError(f"floor is {floor}; want a value in (0, 1]. Use 1.0 to switch router shift off.")
+
+
+def router_drift(new_log_prob: Array, old_log_prob: Array, *, squared: bool = False) -> Array:
+  """Mean absolute (or squared) change of the old experts' router log-probs.
+
+  Args:
+    new_log_prob, old_log_prob: [..., K], nats, of the experts the OLD policy chose.
+  Returns:
+    [...] float32, nats (or nats^2), >= 0. Average it over layers for the Delta of router shift.
+  Source: RSPO, arXiv 2510.23027v2.
+  """
+  change = new_log_prob.astype(jnp.float32) - old_log_prob.astype(jnp.float32)
+  return (jnp.square(change) if squared else jnp.abs(change)).mean(axis=-1)
+
+
+def router_kl(new_log_prob: Array, old_log_prob: Array) -> Array:
+  """KL(old || new) of the router over all experts.
+
+  Args:
+    new_log_prob, old_log_prob: [..., E], nats. Scores that do not sum to 1 (sigmoid routers) are normalised first.
+  Returns:
+    [...] float32, nats, >= 0; exactly 0 for equal input.
+  """
+  new, old = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (new_log_prob, old_log_prob))
+  unmoved = jnp.all(new_log_prob == old_log_prob, axis=-1)  # two normalisers of equal input may differ in rounding
+  return jnp.where(unmoved, 0.0, jnp.maximum(jnp.sum(jnp.exp(old) * (old - new), axis=-1), 0.0))
+
+
+def expert_overlap(new_index: Array, old_index: Array) -> Array:
+  """[..., K] new and old experts (each distinct) -> [...] float32, the share of the old ones still chosen."""
+  same = new_index[..., None, :].astype(jnp.int32) == old_index[..., :, None].astype(jnp.int32)
+  return same.any(axis=-1).mean(axis=-1, dtype=jnp.float32)
+
+
+def layer_deviation(kind: str, new: RoutingTrace, old: RoutingTrace) -> Array:
+  """One layer's deviation [B, T]. new: expert_index is the live choice, log_prob is of the OLD experts."""
+  if kind == "kl":
+    return router_kl(new.all_log_prob, old.all_log_prob)
+  if kind == "overlap":
+    return 1.0 - expert_overlap(new.expert_index, old.expert_index)
+  return router_drift(new.log_prob, old.log_prob, squared=kind == "squared")
+
+
+def combine_deviation(by_layer: Array, mask: Array, options: ShiftOptions) -> Array:
+  """The deviation of every token, over layers and, if asked for, over its sequence.
+
+  Args:
+    by_layer: [L, B, T]. mask: [B, T] bool, the tokens the policy chose.
+  Returns:
+    [B, T] float32, >= 0, in the unit of `options.deviation`.
+  """
+  deviation = {"mean": jnp.mean, "sum": jnp.sum, "max": jnp.max}[options.layers](by_layer, axis=0)
+  if options.level == "token":
+    return deviation
+  length = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+  row = jnp.where(mask, deviation, 0).sum(axis=1, keepdims=True) / length
+  return jnp.broadcast_to(row, deviation.shape)
+
+
+def router_log_shift(drift: Array, *, floor: float | Array) -> Array:
+  """Log trust in a token whose routing moved since the rollout: log(max(exp(-drift), floor)).
+
+  Args:
+    drift: [B, T] deviation of the router, >= 0 (the paper's: mean absolute change of the old experts' router
+      log-probs over experts and layers, nats).
+    floor: smallest trust, in (0, 1]; the paper uses 0.8; 1 switches router shift off. An array (a schedule's
+      value) is taken as it is.
+  Returns:
+    [B, T] float32, nats, in [log(floor), 0]; carries no gradient.
+  Raises:
+    ValueError: a number outside (0, 1].
+  Source: RSPO, arXiv 2510.23027v2.
+  """
+  if isinstance(floor, jax.Array):
+    lowest = jnp.log(floor)
+  else:
+    _check_floor(floor)
+    lowest = math.log(floor)
+  return jax.lax.stop_gradient(jnp.maximum(-drift.astype(jnp.float32), lowest))

@@ -1,0 +1,233 @@
+"""The loss of a minibatch, or of a piece of one, with everything an update may add to its objective."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rspo_jax.objectives import penalties
+from rspo_jax.objectives.aggregation import AGGREGATIONS, aggregate, aggregation_weight
+from rspo_jax.objectives.mismatch import MismatchOptions, mismatch_weight
+from rspo_jax.objectives.sequence_level import gmpo
+from rspo_jax.objectives.terms import Objective
+from rspo_jax.router import balance
+from rspo_jax.router.shift import ShiftOptions, combine_deviation, router_log_shift
+from rspo_jax.router.trace import count_load, replay_of, to_positions, to_slots, trace_for_probe, watch_routing
+from rspo_jax.training.diagnostics import RouterSums, TokenStatistics
+from rspo_jax.training.minibatches import split_rows
+from rspo_jax.training.parameters import stop_gradients
+from rspo_jax.training.scoring import token_log_prob
+from rspo_jax.types import Array, Params, Policy, TrainBatch, TrainState
+
+REPLAYS = ("none", "experts", "experts_and_gates")
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateOptions:
+  """What an update optimises, and in how many pieces.
+
+  Attributes:
+    objective: a function of `rspo_jax.objectives.token_level` or `rspo_jax.objectives.sequence_level`; bind its options (clip
+      bounds, ...) with functools.partial. The placement of router shift is bound from `shift`.
+    aggregation, norm_length: how tokens and rows are averaged, see `rspo_jax.objectives.aggregation.aggregate`.
+    shift: router shift, or None to take no notice of the routing trace: the base objective.
+    replay: "none"; "experts", every token keeps the experts of its trace (routing replay) under the live router's
+      gates; "experts_and_gates", it keeps both.
+    mismatch: correction for a sampler that is not the trainer, or None.
+    kl_coefficient, kl_estimator: of the KL term to the reference policy in the loss, per nat; 0 is off.
+    entropy_coefficient: of an entropy bonus, per nat; 0 is off.
+    load_balance_coefficient, router_z_coefficient: of the auxiliary losses of `rspo_jax.router.balance`, over all valid
+      tokens; 0 is off. With microbatches or pmap they cost one more forward, so that the first stays exact.
+    router_bias_rate: step of the bias on the experts' choice after every update; 0 is off.
+    frozen: patterns of parameter paths that get no gradient; freeze them in the optimizer too
+      (`rspo_jax.training.parameters.freeze`), or weight decay moves them.
+    microbatches: pieces a minibatch is cut into to save memory; the update is the same.
+    logits_chunk: positions whose logits are held at once.
+  """
+
+  objective: Objective = gmpo
+  aggregation: str = "seq_mean_token_mean"
+  norm_length: int | None = None
+  shift: ShiftOptions | None = dataclasses.field(default_factory=ShiftOptions)
+  replay: str = "none"
+  mismatch: MismatchOptions | None = None
+  kl_coefficient: float = 0.0
+  kl_estimator: str = "k3"
+  entropy_coefficient: float = 0.0
+  load_balance_coefficient: float = 0.0
+  router_z_coefficient: float = 0.0
+  router_bias_rate: float = 0.0
+  frozen: tuple[str, ...] = ()
+  microbatches: int = 1
+  logits_chunk: int = 128
+
+  def __post_init__(self):
+    for name, known in (("aggregation", AGGREGATIONS), ("replay", REPLAYS), ("kl_estimator", penalties.KL_ESTIMATORS)):
+      if getattr(self, name) not in known:
+        raise ValueError(f"{name} is {getattr(self, name)!r}; want one of {known}.")
+    if self.aggregation == "seq_mean_token_sum_norm" and not (self.norm_length and self.norm_length > 0):
+      raise ValueError(
+        f"norm_length is {self.norm_length}, but 'seq_mean_token_sum_norm' divides by it; want the largest number of "
+        "new tokens a completion may have."
+      )
+    if self.microbatches < 1 or self.logits_chunk < 1:
+      raise ValueError(f"microbatches is {self.microbatches} and logits_chunk {self.logits_chunk}; both start at 1.")
+
+  @property
+  def watches_balance(self) -> bool:
+    return bool(self.load_balance_coefficient or self.router_z_coefficient)
+
+
+class Pieces(NamedTuple):
+  """What a loss hands out beside its value. rows: arrays [b, ...] of the microbatch's rows, put together again; sums:
+  arrays that add up over microbatches and devices."""
+
+  rows: Any
+  sums: Any
+
+
+class Normalisers(NamedTuple):
+  """What the losses of a minibatch's pieces are divided by; known before any gradient.
+
+  weight: [], of the objective's aggregation. tokens: [], valid tokens. choices: [L, E] int32, of the experts over the
+  whole minibatch; None where the piece is the whole or nothing asks for it. floor: of router shift, None without.
+  """
+
+  weight: Array
+  tokens: Array
+  choices: Array | None
+  floor: float | Array | None
+
+
+def make_loss(policy: Policy, options: UpdateOptions) -> Callable[..., tuple[Array, Pieces]]:
+  """The loss of one piece of a minibatch: (params, batch, Normalisers) -> (loss [], Pieces).
+
+  The losses of all pieces, and their gradients, add up to those of the minibatch. Raises ValueError where the batch
+  lacks what the options ask for.
+  """
+  if options.shift is not None:
+    objective = functools.partial(options.objective, placement=options.shift.placement)
+  else:
+    objective = options.objective
+
+  def mean_of(values: Array, mask: Array, norms: Normalisers) -> Array:
+    values = jnp.where(mask, values, 0)
+    return aggregate(values, mask, options.aggregation, norm_length=options.norm_length).total / norms.weight
+
+  def loss(params: Params, batch: TrainBatch, norms: Normalisers) -> tuple[Array, Pieces]:
+    mask = batch.action_mask
+    params = stop_gradients(params, options.frozen)
+    hidden, by_layer, router, load = _watched_forward(policy, params, batch, options)
+    deviation = log_shift = weight = kl = None
+    if options.shift is not None:
+      deviation = combine_deviation(by_layer, mask, options.shift)
+      log_shift = router_log_shift(deviation, floor=norms.floor)
+    log_prob, entropy = token_log_prob(policy, params, hidden, batch.tokens, chunk=options.logits_chunk)
+    log_ratio = log_prob - batch.old_log_prob
+    terms = objective(log_ratio, batch.advantage, mask, log_shift=log_shift)
+    values = terms.objective
+    if options.mismatch is not None:
+      weight = mismatch_weight(batch.old_log_prob, batch.sampler_log_prob, mask, options.mismatch)
+      values = values * weight
+    gain = mean_of(values, mask, norms)
+    if options.entropy_coefficient:
+      gain += options.entropy_coefficient * mean_of(entropy, mask, norms)
+    if options.kl_coefficient:
+      kl = penalties.kl(log_prob, batch.reference_log_prob, options.kl_estimator)
+      gain -= options.kl_coefficient * mean_of(kl, mask, norms)
+    losses = {}
+    if options.watches_balance:
+      choices = load.choices if norms.choices is None else norms.choices
+      losses = {
+        "loss/load_balance": balance.load_balance_loss(load.probability, choices, norms.tokens),
+        "loss/router_z": balance.router_z_loss(load.z, norms.tokens),
+      }
+      gain -= options.load_balance_coefficient * losses["loss/load_balance"]
+      gain -= options.router_z_coefficient * losses["loss/router_z"]
+    seen = TokenStatistics(
+      log_prob,
+      entropy,
+      log_ratio,
+      terms.clipped_low,
+      terms.clipped_high,
+      terms.stopped,
+      deviation,
+      log_shift,
+      kl,
+      weight,
+    )
+    return -gain, Pieces(*jax.lax.stop_gradient((seen, (router, losses))))
+
+  return loss
+
+
+def normalisers(
+  policy: Policy,
+  options: UpdateOptions,
+  state: TrainState,
+  batch: TrainBatch,
+  *,
+  pieces: int,
+  axis_name: str | None = None,
+) -> Normalisers:
+  """`Normalisers` of a whole minibatch whose loss is taken in so many pieces; under `pmap`, of that which all devices
+  share."""
+  _check_batch(batch, options)
+
+  def everywhere(x):
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+  # At least 1, so that an empty minibatch gives 0 and not NaN.
+  weight = jnp.maximum(everywhere(aggregation_weight(batch.action_mask, options.aggregation)), 1)
+  tokens = jnp.maximum(everywhere(batch.valid.sum()), 1)
+  choices = None
+  if options.watches_balance and (pieces > 1 or axis_name is not None):
+    count = lambda part: _watched_forward(policy, state.params, part, options)[3].choices  # noqa: E731
+    choices = everywhere(jax.lax.map(count, split_rows(batch, pieces)).sum(axis=0))
+  return Normalisers(weight, tokens, choices, None if options.shift is None else options.shift.floor_at(state.step))
+
+
+def _check_batch(batch: TrainBatch, options: UpdateOptions) -> None:
+  chex.assert_equal_shape([batch.tokens, batch.valid, batch.action_mask, batch.old_log_prob])
+  for wanted, field, cure in (
+    (options.shift is not None, "old_routing", "put the trace of `scoring.score` into it, or set shift to None"),
+    (options.replay != "none", "old_routing", "put the trace of `scoring.score` into it, or set replay to 'none'"),
+    (options.mismatch is not None, "sampler_log_prob", "put `Rollout.log_prob` into it, or set mismatch to None"),
+    (options.kl_coefficient != 0, "reference_log_prob", "score the reference policy, or set kl_coefficient to 0"),
+  ):
+    if wanted and getattr(batch, field) is None:
+      raise ValueError(f"the options ask for {field}, but the batch has none; {cure}.")
+  deviation = options.shift.deviation if options.shift else ""
+  if deviation == "kl" and batch.old_routing.all_log_prob is None:
+    raise ValueError("deviation 'kl' needs the log-probabilities of all experts; score with all_experts=True.")
+
+
+def _watched_forward(policy: Policy, params: Params, batch: TrainBatch, options: UpdateOptions):
+  """One training forward: (hidden, deviation by layer [L, B, T] by slot or None, RouterSums, BalanceSums or None)."""
+  at = to_positions(batch.action_mask)
+  watched = options.shift is not None
+  if watched:
+    watch = watch_routing(policy.router_log_prob, at, deviation=options.shift.deviation)
+  else:
+    watch = count_load(policy.router_log_prob, at)
+  load = balance.watch_balance(batch.valid) if options.watches_balance else lambda router, probe_inputs: None
+  replay = None
+  if options.replay != "none":
+    replay = replay_of(batch.old_routing, gates=options.replay == "experts_and_gates")
+  hidden, (seen, balanced) = policy.forward(
+    params,
+    batch.tokens,
+    batch.valid,
+    probe=lambda router, probe_inputs: (watch(router, probe_inputs), load(router, probe_inputs)),
+    probe_inputs=trace_for_probe(batch.old_routing.replace(gate=None)) if watched else None,
+    replay=replay,
+  )
+  if not watched:
+    return hidden, None, RouterSums(seen.load, seen.entropy), balanced
+  by_layer = to_slots(seen.deviation, axis=2)
+  total = jnp.sum(jnp.where(batch.action_mask, by_layer, 0), axis=(1, 2))
+  return hidden, by_layer, RouterSums(seen.load, seen.entropy, total, seen.overlap), balanced

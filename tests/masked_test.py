@@ -1,0 +1,135 @@
+"""Masked reductions against numpy on the selected subset, and what masked-out junk must not do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rspo_jax.masked import effective_sample_size, masked_correlation, masked_mean, masked_quantiles
+from rspo_jax.training.diagnostics import approx_kl
+
+QS = (0.0, 0.01, 0.1, 0.25, 0.5, 0.9, 0.99, 1.0)
+eager_and_jitted = pytest.mark.parametrize("way", [lambda f: f, jax.jit], ids=["eager", "jit"])
+values_and_mask = st.lists(st.tuples(st.floats(-100, 100, width=32), st.booleans()), min_size=8, max_size=8).map(
+  lambda pairs: tuple(np.asarray(x).reshape(2, 4) for x in zip(*pairs, strict=True))
+)
+quantiles = jax.jit(functools.partial(masked_quantiles, qs=QS))
+
+
+def junk_outside(x, mask):
+  """x with NaN and infinities where the mask is False."""
+  junk = np.resize([np.nan, np.inf, -np.inf], x.shape)
+  return np.where(mask, x, junk).astype(np.float32)
+
+
+@given(values_and_mask)
+@settings(max_examples=50, deadline=None)
+def test_reductions_equal_numpy_on_the_subset_whatever_is_masked_out(data):
+  x, mask = data
+  subset, x = x[mask].astype(np.float64), junk_outside(x, mask)
+  mean = masked_mean(x, mask)
+  np.testing.assert_allclose(mean.total, subset.sum(), rtol=1e-5, atol=1e-4)
+  assert mean.weight == subset.size
+  size = effective_sample_size(x, mask)
+  if subset.size == 0:
+    assert mean.mean == 0
+    assert np.isnan(quantiles(x, mask)).all()
+    assert size == 0
+    return
+  np.testing.assert_allclose(quantiles(x, mask), np.quantile(subset, QS), rtol=1e-5, atol=1e-4)
+  weight = np.exp(subset - subset.max())
+  np.testing.assert_allclose(size, weight.sum() ** 2 / (subset.size * (weight**2).sum()), rtol=1e-4)
+  assert 1 / subset.size * (1 - 1e-5) <= size <= 1 + 1e-5
+
+
+@eager_and_jitted
+def test_quantiles_equal_numpy_on_many_values(way):
+  rng = np.random.default_rng(0)
+  x, mask = rng.normal(size=(50, 100)).astype(np.float32), rng.random((50, 100)) < 0.3
+  got = way(functools.partial(masked_quantiles, qs=QS))(x, mask)
+  np.testing.assert_allclose(got, np.quantile(x[mask], QS), rtol=1e-4, atol=1e-6)
+
+
+def test_selected_infinities_stay_and_selected_nan_spoils():
+  mask = np.ones(5, bool)
+  np.testing.assert_array_equal(
+    masked_quantiles(np.asarray([-np.inf, 0, 1, np.inf, np.inf], np.float32), mask, (0, 0.25, 0.5, 0.875, 1)),
+    [-np.inf, 0, 1, np.inf, np.inf],
+  )
+  assert np.isnan(masked_quantiles(np.asarray([0, 1, np.nan, 2, 3], np.float32), mask, (0.5,))).all()
+
+
+def test_percentages_are_not_taken_for_fractions():
+  with pytest.raises(ValueError, match=r"qs is \(99,\); want fractions in \[0, 1\]"):
+    masked_quantiles(np.zeros(3, np.float32), np.ones(3, bool), (99,))
+
+
+@eager_and_jitted
+def test_masked_mean_adds_up_over_a_split_and_has_no_gradient_outside(way):
+  rng = np.random.default_rng(1)
+  mask = rng.random((6, 5)) < 0.5
+  x = junk_outside(rng.normal(size=(6, 5)), mask)
+  run = way(masked_mean)
+  whole, parts = run(x, mask), run(x[:2], mask[:2]) + run(x[2:], mask[2:])
+  assert whole.weight == parts.weight
+  np.testing.assert_allclose(whole.mean, parts.mean, rtol=1e-6, atol=1e-7)
+  gradient = way(jax.grad(lambda x: masked_mean(x, mask).mean))(x)
+  np.testing.assert_array_equal(gradient != 0, mask)
+
+
+def test_reduced_precision_is_summed_in_float32():
+  x = jnp.full(4096, 1.0009765625, jnp.float16)
+  mean = masked_mean(x, jnp.ones(4096, bool))
+  assert mean.total.dtype == jnp.float32
+  np.testing.assert_allclose(mean.mean, 1.0009765625, rtol=1e-6)
+
+
+@eager_and_jitted
+def test_effective_sample_size_ignores_an_offset_that_would_overflow(way):
+  mask = np.asarray([True, True, True, False])
+  log_weight = np.asarray([0.0, 0.0, -30.0, 50.0], np.float32)
+  for offset in (-500.0, 0.0, 500.0):
+    np.testing.assert_allclose(way(effective_sample_size)(log_weight + np.float32(offset), mask), 2 / 3, rtol=1e-5)
+
+
+@given(values_and_mask, st.integers(0, 3))
+@settings(max_examples=50, deadline=None)
+def test_correlation_equals_numpy_on_the_subset_whatever_is_masked_out(data, seed):
+  x, mask = data
+  y = np.random.default_rng(seed).normal(size=x.shape) + x / 50
+  got = masked_correlation(junk_outside(x, mask), junk_outside(y, mask), mask)
+  chosen = x[mask]
+  if chosen.size < 2 or np.ptp(chosen) < 1e-3 * np.abs(chosen).max():  # float32 cannot tell these apart well
+    assert -1.001 <= got <= 1.001
+    return
+  np.testing.assert_allclose(got, np.corrcoef(chosen, y[mask])[0, 1], rtol=1e-3, atol=1e-3)
+
+
+@eager_and_jitted
+def test_correlation_by_hand(way):
+  run = way(masked_correlation)
+  mask = np.asarray([True, True, True, False])
+  x = np.asarray([1, 2, 4, np.nan], np.float32)
+  for scale in (2.0, -0.1):
+    np.testing.assert_allclose(run(x, (x * scale + 3).astype(np.float32), mask), np.sign(scale), rtol=1e-6)
+  constant = np.asarray([2, 2, 2, np.inf], np.float32)
+  assert run(x, constant, mask) == run(constant, x, mask) == run(x, x, mask & False) == 0
+  gradient = way(jax.grad(masked_correlation, argnums=(0, 1)))(x, x, mask)
+  assert not any(g.any() for g in gradient)
+
+
+def test_approx_kl_estimates_the_divergence_of_the_new_from_the_old_policy():
+  """Exactly: enumerating every token with the old policy's probability gives KL(old || new), not KL(new || old)."""
+  old, new = np.asarray([0.7, 0.2, 0.1]), np.asarray([0.3, 0.3, 0.4])
+  drawn = np.repeat(np.arange(3), [7, 2, 1])  # ten tokens in the old policy's proportions
+  log_ratio = np.append(np.log(new / old)[drawn], np.nan).astype(np.float32)
+  mask = np.append(np.ones(10, bool), False)
+  kl = approx_kl(log_ratio, mask)
+  assert kl.weight == 10
+  forward, backward = (old * np.log(old / new)).sum(), (new * np.log(new / old)).sum()
+  np.testing.assert_allclose(kl.mean, forward, rtol=1e-5)
+  assert abs(forward - backward) > 0.01

@@ -1,0 +1,248 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.config import TransformerConfig
+from models.policy import build_policy
+from rspo_jax import mesh
+from rspo_jax.types import Layout, Replay
+from tests.support import tiny
+
+
+def outputs(policy, params, tokens, valid, **keywords):
+  """(logits, what the probe saw) of one forward."""
+  hidden, probed = jax.jit(lambda: policy.forward(params, tokens, valid, **keywords))()
+  return policy.unembed(params, hidden), probed
+
+
+def test_the_default_probe_returns_the_router_logits_of_the_moe_layers():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+  _, router_logits = outputs(policy, params, tokens, valid)
+  assert router_logits.shape == (2, 8, 5, 4) == (policy.num_moe_layers, *tokens.shape, policy.num_experts)
+  assert router_logits.dtype == jnp.float32
+
+
+def test_a_probe_sees_the_choice_that_the_layer_executes_and_its_own_slice_of_the_inputs():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+
+  def probe(router, probe_inputs):
+    return router.logits, router.expert_index, probe_inputs
+
+  layers = jnp.arange(policy.num_moe_layers)
+  _, (router_logits, expert_index, seen) = outputs(policy, params, tokens, valid, probe=probe, probe_inputs=layers)
+  np.testing.assert_array_equal(expert_index, jax.lax.top_k(router_logits, 2)[1])
+  np.testing.assert_array_equal(seen, layers)
+
+
+def test_replaying_the_own_choice_changes_nothing_and_another_choice_is_executed():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+  expected, router_logits = outputs(policy, params, tokens, valid)
+  own = Replay(jax.lax.top_k(router_logits, 2)[1])
+  same, _ = outputs(policy, params, tokens, valid, replay=own)
+  np.testing.assert_array_equal(same, expected)
+  other, _ = outputs(policy, params, tokens, valid, replay=Replay(jax.lax.top_k(-router_logits, 2)[1]))
+  assert np.abs(other - expected)[np.asarray(valid)].max() > 1e-3
+
+
+def test_replayed_gates_are_executed_as_they_are_and_leave_the_router_without_gradient():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+  expected, router = outputs(policy, params, tokens, valid, probe=lambda router, probe_inputs: router)
+  same, _ = outputs(policy, params, tokens, valid, replay=Replay(router.expert_index, router.gate))
+  np.testing.assert_array_equal(same, expected)
+  other, _ = outputs(policy, params, tokens, valid, replay=Replay(router.expert_index, router.gate * 2))
+  assert np.abs(other - expected)[np.asarray(valid)].max() > 1e-3
+
+  def total(params, replay):
+    return jnp.sum(policy.forward(params, tokens, valid, replay=replay)[0] ** 2 * valid[..., None])
+
+  of_router = [
+    jax.jit(jax.grad(total))(params, Replay(router.expert_index, gate))["layers_0"]["moe"]["router"]
+    for gate in (None, router.gate)
+  ]
+  assert of_router[0].any() and not of_router[1].any()
+
+
+def test_a_router_bias_moves_the_choice_but_not_the_gates_and_has_no_gradient():
+  biased = build_policy(dataclasses.replace(tiny.CONFIG, router_bias=True))
+  params = jax.jit(biased.init)(jax.random.key(0))
+  tokens, valid = tiny.prompts()
+  _, before = outputs(biased, params, tokens, valid, probe=lambda router, probe_inputs: router)
+  step = jnp.zeros((biased.num_moe_layers, 4)).at[1, 3].set(10.0)
+  moved = biased.add_router_bias(params, step)
+  _, after = outputs(biased, moved, tokens, valid, probe=lambda router, probe_inputs: router)
+  np.testing.assert_array_equal(after.expert_index[0], before.expert_index[0])
+  assert (after.expert_index[1] == 3).any(axis=-1).all() and not (before.expert_index[1] == 3).any(axis=-1).all()
+  chosen = jnp.take_along_axis(jax.nn.softmax(after.logits), after.expert_index, axis=-1)
+  np.testing.assert_allclose(after.gate, chosen / chosen.sum(-1, keepdims=True), rtol=1e-5)
+  gradient = jax.jit(jax.grad(lambda params: jnp.sum(biased.forward(params, tokens, valid)[0] ** 2)))(moved)
+  assert not any(gradient[f"layers_{i}"]["moe"]["router_bias"].any() for i in (0, 2))
+
+
+def test_prefill_and_decode_repeat_the_full_forward():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts(length=9)
+  valid = valid.at[:, 6:].set(True)
+  hidden, router_logits = policy.forward(params, tokens, valid)
+  weights = policy.for_decode(params, 9)
+  cache = policy.init_cache(8, 9)
+  first, seen, cache = policy.prefill(weights, tokens[:, :6], valid[:, :6], cache)
+  parts, routers = [first], [seen]
+  decode = jax.jit(policy.decode)
+  for slot in range(6, 9):
+    one, seen, cache = decode(weights, tokens[:, slot], valid[:, slot], cache)
+    parts.append(one[:, None])
+    routers.append(seen[:, :, None])
+  mask = np.asarray(valid)
+  np.testing.assert_allclose(jnp.concatenate(parts, 1)[mask], hidden[mask], atol=1e-5)
+  np.testing.assert_allclose(jnp.concatenate(routers, 2)[:, mask], router_logits[:, mask], atol=1e-5)
+
+
+def prefilled(policy, params):
+  """hidden [B, T, D] and the cache after a prefill of the whole batch."""
+  tokens, valid = tiny.prompts()
+  weights = policy.for_decode(params, tokens.shape[1])
+  hidden, _, cache = jax.jit(policy.prefill)(weights, tokens, valid, policy.init_cache(*tokens.shape))
+  return np.asarray(hidden, np.float32)[np.asarray(valid)], cache
+
+
+def test_decoding_keeps_half_the_bytes_of_weights_in_bfloat16_and_computes_the_same():
+  _, params = tiny.policy_and_params()
+  policy = build_policy(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"))
+  weights = policy.for_decode(params, 5)
+  kinds = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
+  wide = {path for path, dtype in kinds.items() if dtype == jnp.float32}
+  assert len(kinds) - len(wide) > 20 and all("router" in path or "rotary" in path for path in wide)
+  tokens, valid = tiny.prompts()
+  wanted = jax.jit(policy.forward)(params, tokens, valid)[0][valid]
+  error = np.abs(prefilled(policy, params)[0] - np.asarray(wanted, np.float32)).max(axis=-1)
+  assert np.median(error) < 0.02  # products are summed in another order, and a near tie flips an expert
+
+
+def test_a_bfloat16_cache_is_half_as_large_and_costs_little_precision():
+  policy, params = tiny.policy_and_params()
+  narrow = build_policy(dataclasses.replace(tiny.CONFIG, cache_dtype="bfloat16"))
+  (wanted, cache), (found, half) = prefilled(policy, params), prefilled(narrow, params)
+  assert jax.tree.leaves(half.layers)[0].dtype == jnp.bfloat16
+  assert sum(leaf.nbytes for leaf in half.layers[0]) * 2 == sum(leaf.nbytes for leaf in cache.layers[0])
+  assert 0 < np.median(np.abs(found - wanted).max(axis=-1)) < 0.02
+
+
+def test_what_stands_in_padding_changes_no_valid_position():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+  expected, _ = outputs(policy, params, tokens, valid)
+  other, _ = outputs(policy, params, jnp.where(valid, tokens, 7), valid)
+  mask = np.asarray(valid)
+  np.testing.assert_array_equal(other[mask], expected[mask])
+  assert np.isfinite(other).all()
+
+
+def test_later_tokens_change_no_earlier_position():
+  policy, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+  expected, _ = outputs(policy, params, tokens, valid)
+  other, _ = outputs(policy, params, tokens.at[:, -1].set(3), valid)
+  np.testing.assert_allclose(other[:, :-1], expected[:, :-1], atol=1e-6)
+
+
+def test_logical_axes_name_every_axis_of_every_parameter():
+  policy, params = tiny.policy_and_params()
+
+  def check(leaf, names):
+    assert len(names) == leaf.ndim
+    assert set(names) <= {None, *mesh.RULES}
+
+  jax.tree.map(check, params, policy.logical_axes())
+
+
+@pytest.mark.parametrize("backend", ["dense", "ragged", "blocks", "gathered"])
+def test_every_way_of_running_the_experts_gives_the_same_logits(backend):
+  _, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+  expected, _ = outputs(build_policy(tiny.CONFIG), params, tokens, valid)
+  other = build_policy(dataclasses.replace(tiny.CONFIG, expert_backend=backend))
+  mask = np.asarray(valid)
+  np.testing.assert_allclose(outputs(other, params, tokens, valid)[0][mask], expected[mask], atol=1e-5)
+
+
+def test_bfloat16_activations_stay_near_float32_and_the_router_stays_float32():
+  _, params = tiny.policy_and_params()
+  tokens, valid = tiny.prompts()
+  expected, _ = outputs(build_policy(tiny.CONFIG), params, tokens, valid)
+  logits, router_logits = outputs(
+    build_policy(dataclasses.replace(tiny.CONFIG, dtype="bfloat16")), params, tokens, valid
+  )
+  assert logits.dtype == router_logits.dtype == jnp.float32
+  # Near ties flip experts; most tokens must still agree.
+  error = np.abs(logits - expected)[np.asarray(valid)].max(axis=-1)
+  assert np.median(error) < 0.05 * np.abs(expected).max()
+
+
+def test_segments_are_runs_of_equal_layers():
+  config = dataclasses.replace(tiny.CONFIG, num_hidden_layers=6, mlp_only_layers=(0,), decoder_sparse_step=2)
+  assert config.segments == ((False, 1), (True, 1), (False, 1), (True, 1), (False, 1), (True, 1))
+  assert tiny.CONFIG.segments == ((True, 1), (False, 1), (True, 1))
+  assert dataclasses.replace(tiny.CONFIG, mlp_only_layers=()).segments == ((True, 3),)
+
+
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    {"num_key_value_heads": 3},
+    {"num_experts_per_tok": 5},
+    {"head_dim": 7},
+    {"dtype": "float16"},
+    {"intermediate_size": 0},
+    {"mlp_only_layers": (0, 1, 2)},
+  ],
+  ids=str,
+)
+def test_impossible_models_are_refused(wrong):
+  with pytest.raises(ValueError):  # noqa: PT011 - each names its field; that it is a ValueError is the contract
+    dataclasses.replace(tiny.CONFIG, **wrong)
+
+
+def test_qwen3_30b_a3b_has_its_published_parameter_count():
+  config = TransformerConfig(
+    vocab_size=151_936,
+    hidden_size=2048,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+  )
+  shapes = jax.eval_shape(build_policy(config).init, jax.random.key(0))
+  assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e9, 1) == 30.5
+
+
+@pytest.mark.parametrize(
+  ("shape", "message"),
+  [({"data": 3}, "does not cover 8 devices"), ({"model": 8}, "unknown"), ({"data": -1, "fsdp": -1}, "does not cover")],
+)
+def test_impossible_meshes_are_refused(shape, message):
+  with pytest.raises(ValueError, match=message):
+    mesh.make_layout(shape)
+
+
+def test_a_mesh_fills_up_with_the_devices_that_are_left():
+  layout = mesh.make_layout({"expert": 2, "data": -1})
+  assert dict(layout.mesh.shape) == {"data": 4, "fsdp": 1, "expert": 2, "tensor": 1}
+  assert isinstance(layout, Layout) and layout.batch_shards == 8
+
+
+def test_parameters_and_rows_that_do_not_divide_over_the_mesh_are_named():
+  layout = mesh.make_layout({"tensor": 8})
+  with pytest.raises(ValueError, match=r"'attention.*'key'.*\n"):
+    mesh.param_shardings(build_policy(tiny.CONFIG, layout), layout)
+  with pytest.raises(ValueError, match="6 rows do not divide over the 8 batch shards"):
+    mesh.put_batch(np.zeros((6, 2)), mesh.make_layout())

@@ -1,0 +1,71 @@
+"""Which isolation is chosen, refused and logged."""
+
+import logging
+import os
+import sys
+
+import pytest
+
+from rspo_jax.rewards.code import sandbox
+from rspo_jax.rewards.code.sandbox import Sandbox, find_sandbox, sandbox_of
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+  """Sets what the choice of a sandbox will be."""
+
+  def choose(isolation, filter_program=b"filter", user=1):
+    monkeypatch.setattr(sandbox, "_strongest", lambda: Sandbox(isolation, filter_program))
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+
+  return choose
+
+
+def test_limits_alone_are_refused_unless_asked_for(chosen):
+  chosen("rlimits")
+  with pytest.raises(RuntimeError, match=r"best sandbox here is rlimits.*Install bubblewrap.*allow_weak=True"):
+    find_sandbox()
+  assert find_sandbox(allow_weak=True).isolation == "rlimits"
+
+
+def test_root_without_a_filter_is_refused_for_nothing_would_count_its_processes(chosen):
+  chosen("bubblewrap", b"", user=0)
+  with pytest.raises(RuntimeError, match="bubblewrap without a seccomp filter"):
+    find_sandbox()
+  chosen("bubblewrap", b"", user=1)
+  assert not find_sandbox().weak
+
+
+def test_the_strongest_that_works_is_chosen_once_and_logged(caplog, monkeypatch):
+  tried = []
+
+  def trial(isolation):
+    tried.append(isolation)
+    if isolation == "bubblewrap":
+      raise RuntimeError("bubblewrap does not work here: no bwrap.")
+    return Sandbox(isolation, b"filter")
+
+  monkeypatch.setattr(sandbox, "sandbox_of", trial)
+  sandbox._strongest.cache_clear()
+  try:
+    with caplog.at_level(logging.INFO):
+      assert find_sandbox().isolation == find_sandbox().isolation == "namespaces"
+  finally:
+    sandbox._strongest.cache_clear()
+  assert tried == ["bubblewrap", "namespaces"]
+  (message,) = [record.getMessage() for record in caplog.records if "sandbox" in record.getMessage()]
+  assert "namespaces with a seccomp filter" in message and "no bwrap" in message
+
+
+def test_an_isolation_that_does_not_work_says_why(monkeypatch):
+  monkeypatch.setenv("PATH", "/nowhere")
+  with pytest.raises(RuntimeError, match="bubblewrap does not work here: .*bwrap"):
+    sandbox_of("bubblewrap")
+  with pytest.raises(ValueError, match="want one of bubblewrap, namespaces, rlimits"):
+    sandbox_of("docker")
+
+
+def test_a_missing_pyseccomp_is_warned_about(caplog, monkeypatch):
+  monkeypatch.setitem(sys.modules, "pyseccomp", None)
+  assert sandbox._filter_program.__wrapped__("fork") == b""
+  assert "pip install pyseccomp" in caplog.text

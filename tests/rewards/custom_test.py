@@ -1,0 +1,178 @@
+"""Rewards that are the user's own, by their dotted path: in this process, and in processes that are killed."""
+
+import time
+
+import numpy as np
+import pytest
+
+from rspo_jax.data.examples import Example
+from rspo_jax.rewards.base import RewardResult, close, score_completions, why_counts
+from rspo_jax.rewards.custom import as_result, is_path
+from rspo_jax.rewards.table import check_reward, make_reward
+
+MODULE = """
+import os, time
+from my_helper import LIMIT
+
+def by_length(text, example, *, scale=1.0):
+  return scale * len(text) / LIMIT
+
+def right(text, example):
+  return text == example.gold
+
+def odd(text, example):
+  if text == "raise":
+    raise KeyError("answer")
+  if text == "hang":
+    while True:
+      pass
+  if text == "end":
+    os._exit(3)
+  if text == "nan":
+    return float("nan")
+  if text == "tuple":
+    return (1.0, True, True)
+  if text == "none":
+    return None
+  return example.metadata["value"]
+
+class Judge:
+  def __init__(self, *, bonus=0.0):
+    self.bonus = bonus
+
+  def __call__(self, text, example):
+    return self.bonus + (text == example.gold)
+
+not_callable = 3
+"""
+RESULTS = """
+from rspo_jax.data import RewardResult
+
+def detailed(text, example):
+  return RewardResult(0.5, False, True, "half", text.upper())
+
+class Batch:
+  needs_lengths = True
+
+  def __init__(self):
+    self.closed = False
+
+  def judge(self, texts, examples, lengths=None):
+    return [RewardResult(float(length), True, True) for length in lengths]
+
+  def close(self):
+    self.closed = True
+"""
+EXAMPLE = Example("q", "yes", metadata={"value": 0.25}, source="s")
+
+
+@pytest.fixture(autouse=True)
+def _modules(tmp_path, monkeypatch):
+  (tmp_path / "my_helper.py").write_text("LIMIT = 4\n")
+  (tmp_path / "my_rewards.py").write_text(MODULE)
+  (tmp_path / "my_results.py").write_text(RESULTS)
+  monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.fixture
+def workers(request):
+  return {"timeout": 1.0, "workers": 1} if request.param else {}
+
+
+BOTH = pytest.mark.parametrize("workers", [False, True], indirect=True, ids=["here", "in workers"])
+
+
+@BOTH
+def test_a_number_is_a_reward_and_from_one_on_a_success(workers):
+  reward = make_reward("my_rewards:by_length", scale=2.0, success_at=1.5, **workers)
+  scores = score_completions(reward, ["a", "abc", ""], [EXAMPLE] * 3)
+  assert scores.reward.tolist() == [0.5, 1.5, 0.0]
+  assert scores.success.tolist() == scores.format.tolist() == [False, True, False]
+  close(reward)
+
+
+@BOTH
+def test_a_class_is_made_once_with_its_options(workers):
+  reward = make_reward("my_rewards:Judge", bonus=0.5, **workers)
+  assert [result.reward for result in reward.judge(["yes", "no"], [EXAMPLE] * 2)] == [1.5, 0.5]
+  close(reward)
+
+
+@BOTH
+def test_a_raising_reward_is_an_error_that_names_the_row_or_is_survived(workers):
+  texts, examples = ["ok", "raise", "ok"], [EXAMPLE] * 3
+  reward = make_reward("my_rewards:odd", **workers)
+  with pytest.raises(ValueError, match=r"KeyError: 'answer'.* at row 1 \(prompt 'q', completion 'raise'\)"):
+    score_completions(reward, texts, examples)
+  close(reward)
+  reward = make_reward("my_rewards:odd", on_error="zero", **workers)
+  scores = score_completions(reward, texts, examples)
+  assert (scores.reward.tolist(), scores.why) == ([0.25, 0.0, 0.25], ("", "failed", ""))
+  close(reward)
+
+
+def test_a_hanging_reward_is_killed_and_counted_and_costs_only_itself(caplog):
+  reward = make_reward("my_rewards:odd", timeout=2.0, workers=1, on_error="zero")
+  begin = time.monotonic()
+  scores = score_completions(reward, ["ok", "hang", "end", "ok"], [EXAMPLE] * 4)
+  assert time.monotonic() - begin < 20
+  assert caplog.text.count("1 of 4 completions could not be judged") == 1
+  assert scores.reward.tolist() == [0.25, 0.0, 0.0, 0.25]
+  assert scores.why == ("", "timeout", "failed", "")
+  assert why_counts(scores) == {"reward/why/timeout": 0.25, "reward/why/failed": 0.25}
+  close(reward)
+  with pytest.raises(RuntimeError, match="closed"):
+    reward._reward.judge(["ok"], [EXAMPLE])
+
+
+@BOTH
+def test_anything_but_a_finite_result_is_refused(workers):
+  with make_reward("my_rewards:odd", **workers) as reward:
+    for text in ("nan", "tuple", "none"):
+      with pytest.raises(ValueError, match=r"row 0 .*finite reward"):
+        score_completions(reward, [text], [EXAMPLE])
+
+
+@BOTH
+def test_a_full_result_is_taken_as_it_is(workers):
+  with make_reward("my_results:detailed", **workers) as reward:
+    assert reward("x", EXAMPLE) == RewardResult(0.5, False, True, "half", "X")
+
+
+def test_a_users_judge_is_given_batches_and_lengths_and_is_closed():
+  reward = make_reward("my_results:Batch")
+  assert score_completions(reward, ["a", "b"], [EXAMPLE] * 2, [3, 4]).reward.tolist() == [3.0, 4.0]
+  close(reward)
+  assert reward._reward.closed
+
+
+@pytest.mark.parametrize("value", [np.float32(2), np.int64(2), np.bool_(True), 2, 2.0, True])
+def test_numbers_of_all_kinds_become_results(value):
+  result = as_result(value)
+  assert (result.reward, result.success, result.format) == (float(value), True, True)
+  assert type(result.reward) is float and type(result.success) is bool
+
+
+@pytest.mark.parametrize("name", ["math", "my_rewards", "my_rewards:", ":x", "a:b:c", "a b:c"])
+def test_other_names_are_no_paths(name):
+  assert not is_path(name)
+
+
+@pytest.mark.parametrize(
+  ("name", "options", "message"),
+  [
+    ("my_rewards:by_lenght", {}, "my_rewards has no callable by_lenght; did you mean by_length?"),
+    ("my_rewards:not_callable", {}, "has no callable not_callable"),
+    ("my_reward:odd", {}, "module my_reward cannot be imported .*PYTHONPATH"),
+    ("my_rewards:by_length", {"scal": 2.0}, "reward.options.scal is unknown; did you mean scale?"),
+    ("my_rewards:Judge", {"bonsu": 2.0}, "reward.options.bonsu is unknown; did you mean bonus?"),
+  ],
+)
+def test_a_path_or_an_option_that_leads_nowhere_is_told_with_what_is_near(name, options, message):
+  with pytest.raises(ValueError, match=message):
+    check_reward(name, options)
+
+
+def test_options_that_cannot_reach_a_worker_are_refused():
+  with pytest.raises(ValueError, match="with a timeout they must be JSON"):
+    make_reward("my_rewards:by_length", scale=1j, timeout=1.0)

@@ -1,0 +1,54 @@
+"""The demo's config, changed for tests."""
+
+from experiments.configs import countdown_tiny
+from tests.support import tiny
+
+SETTINGS = {
+  **{f"model.{name}": getattr(tiny.CONFIG, name) for name in ("hidden_size", "num_attention_heads", "head_dim")},
+  "model.num_hidden_layers": 2,
+  "model.num_experts": 4,
+  "model.moe_intermediate_size": 16,
+  "data.options.train": 200,
+  "data.options.test": 20,
+  "warm_start.steps": 4,
+  "warm_start.batch_size": 8,
+  "rl.steps": 4,
+  "rl.prompts": 8,
+  "rl.samples_per_prompt": 2,
+  "rl.minibatches": 2,
+  "evaluation.samples": 2,
+  "evaluation.batch_problems": 8,
+  "evaluation.every": 2,
+  "checkpoint.every": 1,
+  "runtime.cpu_devices": 2,
+  # Everything that can be on at once: a continued run has to bring back a reference policy, an optimizer that differs
+  # by phase, further rounds of sampling, completions under way, and a curriculum.
+  "sampling.rows": 8,
+  "rl.oversampling": 4,
+  "rl.carry_over": 2,
+  "curriculum.high": 0.9,
+  "objective.kl_coefficient": 0.01,
+  "router.freeze": True,
+  "router.replay": "scoring",
+  "router.replay_gates": True,
+  "router.load_balance": 0.01,
+  "router.z_loss": 0.001,
+  "mismatch.correction": "tis",
+  "rl.dynamic_sampling_rounds": 2,
+  "rl.overlong_buffer": 4,
+  "diagnostics.every": 2,
+  "diagnostics.pieces": 2,
+}
+
+
+def changed(**dotted):
+  """The tiny config with some keys set; '__' stands for the dot."""
+  given = countdown_tiny.get_config()
+  with given.unlocked(), given.ignore_type():
+    for key, value in dotted.items():
+      *groups, last = key.split("__")
+      node = given
+      for group in groups:
+        node = node[group]
+      node[last] = value
+  return given

@@ -1,0 +1,71 @@
+"""A model and batches small enough for tests."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.config import TransformerConfig
+from models.policy import build_policy
+from rspo_jax.rollout.sampling import SamplingOptions, sample
+from rspo_jax.training.scoring import score
+from rspo_jax.types import TrainBatch
+
+CONFIG = TransformerConfig(
+  vocab_size=24,
+  hidden_size=16,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  head_dim=8,
+  num_experts=4,
+  num_experts_per_tok=2,
+  moe_intermediate_size=16,
+  intermediate_size=16,
+  mlp_only_layers=(1,),
+  rope_theta=10_000.0,
+)
+
+
+@functools.cache
+def policy_and_params(config=CONFIG, seed=0):
+  """The policy on one device, and parameters whose router is decided enough that rounding cannot flip an expert."""
+  policy = build_policy(config)
+  params = jax.jit(policy.init)(jax.random.key(seed))
+  return policy, jax.tree_util.tree_map_with_path(
+    lambda path, leaf: leaf * 4 if "router" in jax.tree_util.keystr(path) else leaf, params
+  )
+
+
+def prompts(rows=8, length=5, seed=0):
+  """Left-padded prompts of different lengths: tokens [rows, length], valid."""
+  rng = np.random.default_rng(seed)
+  valid = np.arange(length) >= rng.integers(0, length - 1, size=(rows, 1))
+  tokens = rng.integers(1, CONFIG.vocab_size, size=(rows, length)) * valid
+  return jnp.asarray(tokens, jnp.int32), jnp.asarray(valid)
+
+
+def rollout(policy, params, rows=8, new=6, samples=2, seed=0):
+  options = SamplingOptions(new, samples, stop_ids=(0, 1, 2))
+  tokens, valid = prompts(rows // samples)
+  return jax.jit(functools.partial(sample, policy, options=options))(params, tokens, valid, jax.random.key(seed))
+
+
+def train_batch(policy, params, rows=8, seed=0, microbatches=1):
+  """A scored batch with advantages of both signs, and a zero among them."""
+  drawn = rollout(policy, params, rows, seed=seed)
+  scoring = functools.partial(score, policy, all_experts=True, gates=True, microbatches=microbatches)
+  scored = jax.jit(scoring)(params, drawn.tokens, drawn.valid)
+  advantage = np.random.default_rng(seed).normal(size=rows).astype(np.float32)
+  advantage[1] = 0
+  return TrainBatch(
+    drawn.tokens,
+    drawn.valid,
+    drawn.action_mask,
+    scored.log_prob,
+    jnp.asarray(advantage),
+    scored.trace,
+    sampler_log_prob=drawn.log_prob,
+    reference_log_prob=scored.log_prob - 0.1 * drawn.action_mask,
+  )
