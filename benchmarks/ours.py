@@ -22,7 +22,7 @@ from rspo_jax.objectives.mismatch import MismatchOptions
 from rspo_jax.objectives.table import OBJECTIVES
 from rspo_jax.rollout.sampling import SamplingOptions, sample
 from rspo_jax.router.shift import ShiftOptions
-from rspo_jax.training.attribution import make_gradient_noise, make_replay_probe
+from rspo_jax.training.attribution import make_gradient_noise, make_replay_attribution
 from rspo_jax.training.loss import UpdateOptions
 from rspo_jax.training.parameters import ROUTER
 from rspo_jax.training.scoring import score
@@ -218,7 +218,7 @@ def strategy_cost(rounds: int = 9, devices: int | None = None) -> dict[str, Any]
   for name, strategy in STRATEGIES.items():
     calls[name] = of_step(*strategy)
   noise = jax.jit(make_gradient_noise(setup.policy, UpdateOptions(), 4))
-  replay = jax.jit(make_replay_probe(setup.policy))
+  replay = jax.jit(make_replay_attribution(setup.policy))
   probes = {
     "gradient noise, 4 pieces": clocked(lambda: noise(setup.state, batch)),
     "replay probe, experts and gates": clocked(lambda: replay(setup.state.params, batch)),

@@ -81,7 +81,7 @@ def rate(kind: Callable[[random.Random], tuple[str, list[str]]], workers: int) -
     verdicts = reward.verdicts(texts[warm:], golds[warm:])
     seconds = time.perf_counter() - begin
   spent = _cpu() - before - starting
-  assert {verdict.why for verdict in verdicts} == {"right", "wrong"}
+  assert {verdict.reason for verdict in verdicts} == {"right", "wrong"}
   return f"{len(verdicts) / seconds:,.0f} per second, {1000 * spent / len(verdicts):.2f} ms CPU each"
 
 

@@ -49,7 +49,7 @@ def rollout_speed(rounds: int = 5, devices: int | None = None) -> dict[str, Any]
     buckets=(PROMPT_TOKENS,),
     layout=made.layout,
   )
-  plain, continues = engine(), engine(continues=True)
+  plain, resume = engine(), engine(resume=True)
 
   def synchronous():
     parts = []
@@ -79,8 +79,8 @@ def rollout_speed(rounds: int = 5, devices: int | None = None) -> dict[str, Any]
       through += len(news)
       return None if through >= STEP else ()
 
-    found = continues.draw(made.state.params, waiting, key, after=after)
-    left = [completion for completion in found if not completion.through]
+    found = resume.draw(made.state.params, waiting, key, after=after)
+    left = [completion for completion in found if not completion.done]
     return sum(len(completion.tokens) for completion in found) - before
 
   wanted, found = synchronous(), continuous()

@@ -1,4 +1,4 @@
-"""F4: evaluations compared problem by problem: differences with paired intervals. docs/evaluation.md.
+"""Evaluations compared problem by problem: differences with paired intervals. docs/evaluation.md.
 
     python -m experiments.compare evaluations/before evaluations/after --workdir=evaluations/compared
 

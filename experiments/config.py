@@ -1,4 +1,4 @@
-"""F4: what an experiment is made of. A config file's ConfigDict becomes these frozen dataclasses at the boundary."""
+"""What an experiment is made of. A config file's ConfigDict becomes these frozen dataclasses at the boundary."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -73,10 +73,10 @@ class SamplingConfig:
   """See `rspo_jax.rollout.sampling.SamplingOptions`; the stop tokens are the tokenizer's.
 
   Attributes:
-    rows: decoded at once by continuous batching (`rspo_jax.rollout.continuous`), which pays where lengths differ much; 0
-      decodes all completions of a call together.
+    rows: decoded at once by continuous batching (`rspo_jax.rollout.continuous`), which pays where lengths differ much;
+      0 decodes all completions of a call together.
     cache_sizes: of the cache when all are decoded together; more of them speed up long completions and compile longer.
-    engine: root of an outside engine's server, several with commas; '' draws here (docs/outside_engine.md).
+    engine: root of an outside engine's server, several with commas; '' draws here (docs/remote_engine.md).
     engine_kind: "sglang" or "vllm", how it is told of new weights. engine_folder: where these are written for it, as a
       Hugging Face folder that it sees under the same path. engine_model: the model's name in requests; '' for none.
     engine_timeout: seconds that a completion may take.
@@ -105,9 +105,10 @@ class ObjectiveConfig:
     dual_clip: largest ratio for negative advantages (the GRPO family). tau_pos, tau_neg: sharpness of sapo's gate.
     bounds: cispo's ("around_one", "absolute") or gmpo's ("ratio", "signed") reading of eps. ratio: rloo's, "sequence",
       "token" or "none". length_epsilon: gmpo's, added to a row's number of tokens.
-    aggregation: of `rspo_jax.objectives.aggregation.AGGREGATIONS`. norm_length: tokens, for "seq_mean_token_sum_norm"; by default
-      the longest completion.
-    baseline, scale: of the advantages (`rspo_jax.objectives.advantages`). std_epsilon: added to a group's deviation. ddof: its.
+    aggregation: of `rspo_jax.objectives.aggregation.AGGREGATIONS`. norm_length: tokens, for "seq_mean_token_sum_norm";
+      by default the longest completion.
+    baseline, scale: of the advantages (`rspo_jax.objectives.advantages`). std_epsilon: added to a group's deviation.
+      ddof: its.
     kl_coefficient: of the KL to the policy that RL began with, per nat; 0 is off. kl_estimator: k1, k2 or k3.
       kl_in: "loss"; or "reward", taken off the reward of a completion, or with scale "batch_std" off the return of
       every token (REINFORCE++).
@@ -168,7 +169,9 @@ class RouterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MismatchConfig:
-  """Correction for a sampler that is not the trainer, off by default: see `rspo_jax.objectives.mismatch.MismatchOptions`."""
+  """Correction for a sampler that is not the trainer, off by default: see
+  `rspo_jax.objectives.mismatch.MismatchOptions`.
+  """
 
   correction: str = "none"
   level: str = "token"

@@ -1,4 +1,4 @@
-"""F4: models from one form to another.
+"""Models from one form to another.
 
     python -m experiments.convert inspect Qwen3-30B-A3B
     python -m experiments.convert inspect path/to/checkpoint
@@ -30,7 +30,7 @@ from models import lora
 from models.config import TransformerConfig
 from models.huggingface.adapter import adapter_config, load_adapter, save_adapter
 from models.huggingface.checkpoint import DTYPES, TensorFiles, save_pretrained
-from models.huggingface.known_configs import PUBLISHED, published_config
+from models.huggingface.known_configs import PUBLISHED, known_config
 from models.huggingface.quantized import Dequantized
 from models.huggingface.tensor_map import array_shape, arrays, check_tensors
 from models.upcycle import upcycle
@@ -62,7 +62,7 @@ def _part(path: tuple[str, ...]) -> str:
 
 def inspect(source: str) -> None:
   """Prints what a model is made of. source: a folder, or the name of a public model (no weights are needed)."""
-  config = published_config(source) if source in PUBLISHED else read_model(source)
+  config = known_config(source) if source in PUBLISHED else read_model(source)
   if source not in PUBLISHED and kind_of(source) == "hf" and any(Path(source).glob("*.safetensors")):
     files = TensorFiles(source)
     check_tensors(config, Dequantized(files, files.shapes).shapes)

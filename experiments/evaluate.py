@@ -1,4 +1,4 @@
-r"""F4: how good a checkpoint is on benchmarks: avg@n, pass@k, maj@k with confidence intervals. docs/evaluation.md.
+r"""How good a checkpoint is on benchmarks: avg@n, pass@k, maj@k with confidence intervals. docs/evaluation.md.
 
     python -m experiments.evaluate --config=experiments/configs/evaluate_math.py \
       --checkpoint=FOLDER --workdir=evaluations/a
@@ -24,7 +24,7 @@ from experiments.reporting import evaluation_plots
 from experiments.reporting.progress import Progress
 from experiments.setup import runtime
 from experiments.setup.benchmarks import Benchmark, make_benchmarks, programs, run
-from experiments.setup.build import Parts, build
+from experiments.setup.build import Components, build
 from experiments.setup.command_line import run_app
 from experiments.setup.config_flags import read_config
 from experiments.setup.data import make_tokenizer
@@ -192,7 +192,9 @@ def _claim(workdir: Path, config: ExperimentConfig, identity: dict[str, Any], be
   claim_workdir(workdir, claim, (*FREE_KEYS, *of_benchmarks))
 
 
-def _draw(parts: Parts, params: Params, benchmark: Benchmark, mode: str, workdir: Path, progress: Progress) -> None:
+def _draw(
+  parts: Components, params: Params, benchmark: Benchmark, mode: str, workdir: Path, progress: Progress
+) -> None:
   """Draws the completions of a benchmark that are not in its file yet."""
   log = CompletionLog(
     log_path(workdir, benchmark.name, mode),

@@ -1,4 +1,4 @@
-"""F4: what a run leaves behind for people: sampled answers, the summary, and `report.html` with its pictures.
+"""What a run leaves behind for people: sampled answers, the summary, and `report.html` with its pictures.
 
     python -m experiments.report --workdir=runs/countdown_tiny
 
@@ -142,7 +142,7 @@ def write_report(workdir: Path, summary: Mapping[str, Any]) -> None:
   for name, picture in drawn.items():
     (workdir / "plots" / f"{name}.png").write_bytes(picture)
   environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "reporting"), autoescape=True, undefined=jinja2.StrictUndefined,
+    loader=jinja2.PackageLoader("experiments", "reporting"), autoescape=True, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
   )  # fmt: skip
   html = environment.get_template("report.html.jinja").render(

@@ -1,4 +1,4 @@
-"""F4: the main job. Warm start, then RL with router shift, with held-out evaluation before and after.
+"""The main job. Warm start, then RL with router shift, with held-out evaluation before and after.
 
     python -m experiments.train --config=experiments/configs/countdown_tiny.py --workdir=runs/countdown_tiny
 
@@ -21,7 +21,7 @@ from experiments.config import ExperimentConfig
 from experiments.reporting.progress import Progress
 from experiments.setup import benchmarks, runtime
 from experiments.setup.benchmarks import make_benchmarks
-from experiments.setup.build import Parts, build
+from experiments.setup.build import Components, build
 from experiments.setup.command_line import run_app
 from experiments.setup.config_flags import read_config
 from experiments.setup.model_files import initial_state
@@ -29,7 +29,7 @@ from experiments.setup.warm_start import build_warm_start
 from rspo_jax.evaluation.completion_log import Completions
 from rspo_jax.rewards import base
 from rspo_jax.rl_step import build_rl
-from rspo_jax.rollout.collector import Rollouts
+from rspo_jax.rollout.collector import Collector
 from rspo_jax.run.checkpoint import Checkpoints
 from rspo_jax.run.host_state import abstract, bundle, unbundle
 from rspo_jax.run.metrics import MetricsWriter
@@ -57,7 +57,7 @@ class Run:
     state: the train state. seconds: wall time spent per phase, over all starts of the run.
   """
 
-  def __init__(self, parts: Parts, rollouts: Rollouts, workdir: Path, progress: Progress):
+  def __init__(self, parts: Components, rollouts: Collector, workdir: Path, progress: Progress):
     self.parts, self.rollouts, self.workdir, self.progress = parts, rollouts, workdir, progress
     self.config = parts.config
     self.benchmarks = make_benchmarks(parts)

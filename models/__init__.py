@@ -1,4 +1,6 @@
-"""Functional Flax MoE transformers of the public families. They import `rspo_jax.types` and nothing else of the library."""
+"""Functional Flax MoE transformers of the public families. They import `rspo_jax.types` and nothing else of the
+library.
+"""
 
 from models.config import LoraConfig, RopeScaling, TransformerConfig
 from models.policy import build_policy

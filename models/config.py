@@ -54,10 +54,12 @@ class TransformerConfig:
   """A mixture-of-experts decoder of one of the public families. Sizes are counts.
 
   Names are transformers' (`Qwen3MoeConfig`, `DeepseekV3Config`, `GptOssConfig`), those marked "ours" apart.
-  `models.huggingface.config_json` reads a `config.json` into one; `models.huggingface.families` says what each family fixes.
+  `models.huggingface.config_json` reads a `config.json` into one; `models.huggingface.families` says what each family
+  fixes.
 
   Attributes:
-    model_type: the family, a key of `models.huggingface.families.FAMILIES`: which checkpoints it is read from and saved as.
+    model_type: the family, a key of `models.huggingface.families.FAMILIES`: which checkpoints it is read from and
+      saved as.
     num_experts: 1 is a dense model: one expert without a router, which every token takes with weight 1.
     mlp_only_layers, decoder_sparse_step: layer i holds experts if it is not listed and (i + 1) is a multiple of the
       step; every other layer holds one dense MLP of width `intermediate_size`.

@@ -1,5 +1,5 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): added to a model. `models.layers.weights.merge_lora` merges them; `models.huggingface.adapter` keeps them
-in PEFT's layout.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): added to a model. `models.layers.weights.merge_lora` merges them;
+`models.huggingface.adapter` keeps them in PEFT's layout.
 
 With `TransformerConfig.lora.rank` above 0 a policy has, beside every matrix W that is a target, parameters `W_lora_a`
 and `W_lora_b`, and computes with W + alpha / rank * A B. Freeze everything else with the pattern `BASE`.

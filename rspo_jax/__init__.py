@@ -1,7 +1,8 @@
 """Router-shift policy optimization and its relatives for mixture-of-experts language models, in JAX.
 
 These are the names to begin with; everything else is imported by subject: `rspo_jax.objectives`, `router`, `training`,
-`rollout`, `rewards`, `data`, `tokenization`, `evaluation`, `run`, `tasks`. `rspo_jax.rl_step` is one RL step, top to bottom.
+`rollout`, `rewards`, `data`, `tokenization`, `evaluation`, `run`, `tasks`. `rspo_jax.rl_step` is one RL step, top to
+bottom.
 """
 
 from rspo_jax.mesh import make_layout

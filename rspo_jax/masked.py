@@ -1,4 +1,4 @@
-"""F1: exact reductions over the entries a mask selects. What is masked out may be anything, also NaN."""
+"""Exact reductions over the entries a mask selects. What is masked out may be anything, also NaN."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""F3: device meshes, made in one place, and the one table that maps logical axes to mesh axes."""
+"""Device meshes, made in one place, and the one table that maps logical axes to mesh axes."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""F4: one RL step: sample, reward, score, update, and now and then look closer."""
+"""One RL step: sample, reward, score, update, and now and then look closer."""
 
 import functools
 import time

@@ -1,4 +1,4 @@
-"""F0: the records that pass between the floors, and the protocol a policy fills in.
+"""The records that pass between the floors, and the protocol a policy fills in.
 
 Letters used in every shape of this project: P prompts, G samples of each, B = P * G rows (prompt-major), T tokens
 (left-padded prompt, then completion), L mixture-of-experts layers, E experts, K active experts, D width,

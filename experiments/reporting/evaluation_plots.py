@@ -1,4 +1,4 @@
-"""F4: the pictures of an evaluation: benchmarks with their intervals, curves over k, differences of runs."""
+"""The pictures of an evaluation: benchmarks with their intervals, curves over k, differences of runs."""
 
 import io
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""F4: the pictures of a run, small multiples drawn from its rows of metrics."""
+"""The pictures of a run, small multiples drawn from its rows of metrics."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -158,8 +158,8 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
   """Draws every panel that has something to show.
 
   Args:
-    rows: as `rspo_jax.run.metrics.read_metrics` gives them. What is not finite, or not positive on a log axis, is left out
-      and counted on the picture.
+    rows: as `rspo_jax.run.metrics.read_metrics` gives them. What is not finite, or not positive on a log axis, is left
+      out and counted on the picture.
   Returns:
     Name of the panel -> PNG.
   """

@@ -1,4 +1,4 @@
-"""F4: what a run shows while it works: one live line on a terminal, a plain line now and then elsewhere."""
+"""What a run shows while it works: one live line on a terminal, a plain line now and then elsewhere."""
 
 import collections
 import logging

@@ -1,4 +1,4 @@
-"""F4: how the process keeps its memory. Free of JAX, so that what is compared with us can do the same."""
+"""How the process keeps its memory. Free of JAX, so that what is compared with us can do the same."""
 
 import ctypes
 import sys

@@ -1,4 +1,4 @@
-"""F4: the benchmarks of a config, and their completions under a policy: in training as in `experiments.evaluate`."""
+"""The benchmarks of a config, and their completions under a policy: in training as in `experiments.evaluate`."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from experiments.config import EvaluationConfig, RewardConfig
-from experiments.setup.build import EVALUATION, Parts, longest_prompt
+from experiments.setup.build import EVALUATION, Components, longest_prompt
 from experiments.setup.data import read_data
 from rspo_jax import mesh
 from rspo_jax.data.examples import Example
@@ -49,7 +49,7 @@ class Benchmark(NamedTuple):
     return self.name in self.settings.benchmarks
 
 
-def make_benchmarks(parts: Parts) -> tuple[Benchmark, ...]:
+def make_benchmarks(parts: Components) -> tuple[Benchmark, ...]:
   """Reads `config.evaluation.benchmarks`; without any, takes the test split of `config.data`.
 
   Prompts of a named benchmark are padded to a power of two, so that benchmarks share programs.
@@ -95,7 +95,7 @@ def make_benchmarks(parts: Parts) -> tuple[Benchmark, ...]:
   return tuple(made)
 
 
-def run(parts: Parts, params: Params, benchmark: Benchmark, mode: str, first: int = 0) -> Iterator[Completions]:
+def run(parts: Components, params: Params, benchmark: Benchmark, mode: str, first: int = 0) -> Iterator[Completions]:
   """Batches of completions, judged.
 
   Args:
@@ -120,7 +120,7 @@ def run(parts: Parts, params: Params, benchmark: Benchmark, mode: str, first: in
 
 
 def evaluate(
-  parts: Parts, params: Params, benchmarks: Sequence[Benchmark]
+  parts: Components, params: Params, benchmarks: Sequence[Benchmark]
 ) -> tuple[dict[str, float], list[Completions]]:
   """The metrics of an evaluation during training, and the sampled completions of every benchmark.
 

@@ -1,4 +1,4 @@
-"""F4: from a config to the parts a run is made of."""
+"""From a config to the parts a run is made of."""
 
 import functools
 import inspect
@@ -12,7 +12,7 @@ from experiments.config import ExperimentConfig
 from experiments.setup.config_flags import check_divides
 from experiments.setup.data import make_tokenizer, need_splits, read_data
 from experiments.setup.optimizer import frozen_parameters
-from experiments.setup.weight_sync import outside_engine
+from experiments.setup.weight_sync import remote_engine
 from models.policy import build_policy
 from rspo_jax import mesh
 from rspo_jax.data.examples import Example, Split
@@ -33,7 +33,7 @@ INIT, SAMPLING, EVALUATION, DATA = range(4)
 OBJECTIVE_ARGUMENTS = ("log_ratio", "advantage", "mask", "log_shift", "placement")
 
 
-class Parts(NamedTuple):
+class Components(NamedTuple):
   """What a run is made of.
 
   Attributes:
@@ -85,7 +85,7 @@ class Parts(NamedTuple):
     return rollout, texts, mask.sum(axis=1)
 
 
-def build(config: ExperimentConfig, *, training: bool = True) -> Parts:
+def build(config: ExperimentConfig, *, training: bool = True) -> Components:
   """Reads the data and checks every size; compiles nothing.
 
   Args:
@@ -111,7 +111,7 @@ def build(config: ExperimentConfig, *, training: bool = True) -> Parts:
   policy = build_policy(config.model, layout)
   mesh.param_shardings(policy, layout)
 
-  engine = outside_engine(config, policy) if config.sampling.engine else None
+  engine = remote_engine(config, policy) if config.sampling.engine else None
 
   @functools.cache
   def sampler(options: SamplingOptions, length: int):
@@ -126,7 +126,7 @@ def build(config: ExperimentConfig, *, training: bool = True) -> Parts:
       params, *mesh.put_batch((tokens, valid), layout), key, first_row=first_row
     )
 
-  return Parts(config, layout, policy, tokenizer, splits, reward, prompt_length, sampler)
+  return Components(config, layout, policy, tokenizer, splits, reward, prompt_length, sampler)
 
 
 def longest_prompt(examples: Sequence[Example], tokenizer: Tokenizer) -> int:

@@ -1,4 +1,4 @@
-"""F4: how a command reads its flags and tells of a mistake: the config file, the workdir, one line for an error."""
+"""How a command reads its flags and tells of a mistake: the config file, the workdir, one line for an error."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""F4: `experiments.config` to and from the ConfigDict that flags override, with everything checked on the way in."""
+"""`experiments.config` to and from the ConfigDict that flags override, with everything checked on the way in."""
 
 import dataclasses
 import difflib

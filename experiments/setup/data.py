@@ -1,4 +1,4 @@
-"""F4: from `config.data` and `config.tokenizer` to prompts as the policy reads them."""
+"""From `config.data` and `config.tokenizer` to prompts as the policy reads them."""
 
 import dataclasses
 import datetime

@@ -1,4 +1,4 @@
-"""F4: where a model comes from: a Hugging Face folder, a folder that `experiments.convert` made, or a run's workdir."""
+"""Where a model comes from: a Hugging Face folder, a folder that `experiments.convert` made, or a run's workdir."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,9 +11,9 @@ import ml_collections
 import numpy as np
 import optax
 
-from experiments.setup.build import INIT, Parts
+from experiments.setup.build import INIT, Components
 from experiments.setup.config_flags import read_config, read_model_config
-from experiments.setup.optimizer import make_optimizer, never_trained, rl_optimizer
+from experiments.setup.optimizer import make_optimizer, rl_optimizer, untrained_patterns
 from models import lora
 from models.config import TransformerConfig
 from models.huggingface import checkpoint
@@ -130,7 +130,7 @@ def find_step(folder: str | Path, wanted: str) -> int | None:
   return found
 
 
-def initial_state(parts: Parts, optimizer: optax.GradientTransformation) -> TrainState:
+def initial_state(parts: Components, optimizer: optax.GradientTransformation) -> TrainState:
   """The state that a run begins with: `config.pretrained`, with fresh adapters if asked for, or random parameters.
 
   Raises:
@@ -191,7 +191,7 @@ def _states_of_run(folder: str | Path, layout: Layout) -> Callable[[dict[str, An
   policy = build_policy(config.model, layout)
   optimizers = {
     "warm_start": make_optimizer(
-      config.warm_start.optimizer, config.warm_start.steps, frozen=never_trained(config.model)
+      config.warm_start.optimizer, config.warm_start.steps, frozen=untrained_patterns(config.model)
     ),
     "rl": rl_optimizer(config),
   }

@@ -54,10 +54,10 @@ def rl_optimizer(config: ExperimentConfig) -> tuple[optax.GradientTransformation
 def frozen_parameters(config: ExperimentConfig) -> tuple[str, ...]:
   """Patterns of what RL does not train."""
   routers = (parameters.ROUTER,) if config.router.freeze else ()
-  return (*config.rl.frozen, *routers, *never_trained(config.model))
+  return (*config.rl.frozen, *routers, *untrained_patterns(config.model))
 
 
-def never_trained(model: TransformerConfig) -> tuple[str, ...]:
+def untrained_patterns(model: TransformerConfig) -> tuple[str, ...]:
   """Patterns of what no gradient moves: the base beside adapters, and the bias on the experts' choice, which has a rule
   of its own."""
   return (*((BASE,) if model.lora.rank else ()), *(("router_bias$",) if model.router_bias else ()))

@@ -1,4 +1,4 @@
-"""F4: what a process does before and around the work: devices, the compilation cache, a polite end on SIGTERM."""
+"""What a process does before and around the work: devices, the compilation cache, a polite end on SIGTERM."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""F4: supervised steps on demonstrations, so that RL begins with a policy that knows the form of an answer."""
+"""Supervised steps on demonstrations, so that RL begins with a policy that knows the form of an answer."""
 
 import time
 from collections.abc import Callable
@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import optax
 
-from experiments.setup.build import Parts
-from experiments.setup.optimizer import make_optimizer, never_trained
+from experiments.setup.build import Components
+from experiments.setup.optimizer import make_optimizer, untrained_patterns
 from rspo_jax import mesh
 from rspo_jax.data.examples import Example, batches
 from rspo_jax.training.state import state_shardings
@@ -24,7 +24,7 @@ class WarmStart(NamedTuple):
   step: Callable
 
 
-def build_warm_start(parts: Parts) -> WarmStart:
+def build_warm_start(parts: Components) -> WarmStart:
   """Raises ValueError if the data set has no demonstrations, or not the wrong ones that were asked for."""
   config = parts.config.warm_start
   train = parts.splits["train"]
@@ -36,7 +36,7 @@ def build_warm_start(parts: Parts) -> WarmStart:
       f"the longest demonstration of {train.name} has {longest} tokens with its end token, but "
       f"config.sampling.max_new_tokens is {parts.config.sampling.max_new_tokens}; raise it."
     )
-  optimizer, schedule = make_optimizer(config.optimizer, config.steps, frozen=never_trained(parts.config.model))
+  optimizer, schedule = make_optimizer(config.optimizer, config.steps, frozen=untrained_patterns(parts.config.model))
   update = jit_step(
     make_supervised_step(parts.policy, optimizer, logits_chunk=parts.config.rl.logits_chunk),
     parts.layout,

@@ -1,4 +1,4 @@
-"""F4: the outside engine of a config, and the folder through which it gets the weights it is to draw with."""
+"""The outside engine of a config, and the folder through which it gets the weights it is to draw with."""
 
 import functools
 import os
@@ -11,14 +11,14 @@ import jax
 from experiments.config import ExperimentConfig
 from models import lora
 from models.huggingface.checkpoint import read_json, save_pretrained
-from rspo_jax.rollout.remote_engine import Client, OutsideEngine, update_sglang, update_vllm, when_changed
+from rspo_jax.rollout.remote_engine import Client, RemoteEngine, update_sglang, update_vllm, when_changed
 from rspo_jax.rollout.sampling import SamplingOptions
 from rspo_jax.types import Params, Policy
 
 UPDATES = {"sglang": update_sglang, "vllm": update_vllm}
 
 
-def outside_engine(config: ExperimentConfig, policy: Policy) -> Callable[[SamplingOptions], OutsideEngine]:
+def remote_engine(config: ExperimentConfig, policy: Policy) -> Callable[[SamplingOptions], RemoteEngine]:
   """The engine of `config.sampling`, for any options; all share one record of what was published last.
 
   Raises:
@@ -37,7 +37,7 @@ def outside_engine(config: ExperimentConfig, policy: Policy) -> Callable[[Sampli
     update(urls, str(write_weights(config, params)))
 
   return functools.partial(
-    OutsideEngine,
+    RemoteEngine,
     policy,
     urls=urls,
     model=sampling.engine_model,

@@ -165,8 +165,10 @@ PUBLISHED: dict[str, Mapping[str, Any]] = {
 }
 
 
-def published_config(name: str, **ours: Any) -> TransformerConfig:
-  """The configuration of a public model, a key of `PUBLISHED`; `ours` as in `models.huggingface.config_json.config_from_hf`."""
+def known_config(name: str, **ours: Any) -> TransformerConfig:
+  """The configuration of a public model, a key of `PUBLISHED`; `ours` as in
+  `models.huggingface.config_json.config_from_hf`.
+  """
   if name not in PUBLISHED:
     raise ValueError(f"{name!r} is not one of the models whose shapes are known: {', '.join(PUBLISHED)}.")
   return config_from_hf(PUBLISHED[name], **ours)

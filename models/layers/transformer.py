@@ -18,8 +18,8 @@ from rspo_jax.types import Array, Layout, Probe, Replay
 
 
 class LayerInputs(NamedTuple):
-  """What one layer alone gets. cache: see `models.layers.attention`; replay: leaves [B, T, K]; window: tokens that a query
-  sees, [] int32 where layers are scanned, None in a model without sliding windows."""
+  """What one layer alone gets. cache: see `models.layers.attention`; replay: leaves [B, T, K]; window: tokens that a
+  query sees, [] int32 where layers are scanned, None in a model without sliding windows."""
 
   cache: LayerCache | None = None
   probe_inputs: Any = None

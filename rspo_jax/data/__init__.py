@@ -13,21 +13,21 @@ from rspo_jax.data.datasets import (
   load_knights,
   load_mixture,
 )
-from rspo_jax.data.examples import Batches, Example, Split, batches, read_split, walk
+from rspo_jax.data.examples import Batches, Example, Split, batches, index_stream, read_split
 
 __all__ = [
   "ALPHABETS",
+  "DATASETS",
   "Batches",
   "Curriculum",
-  "DATASETS",
   "Example",
   "Split",
   "batches",
   "cache_dir",
+  "index_stream",
   "load_countdown",
   "load_files",
   "load_knights",
   "load_mixture",
   "read_split",
-  "walk",
 ]

@@ -1,4 +1,4 @@
-"""F3: which problems to sample next, by how often the policy solves them.
+"""Which problems to sample next, by how often the policy solves them.
 
 A problem that is always or never solved teaches a group objective nothing: the expected improvement is bounded from
 below by the variance of the success, p (1 - p), which is largest at p = 1/2. So problems whose success rate lies
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rspo_jax.data.examples import Example, Split, walk
+from rspo_jax.data.examples import Example, Split, index_stream
 
 _UNSEEN = -1
 
@@ -60,7 +60,7 @@ class Curriculum:
       raise ValueError(
         f"retry_epochs is {retry_epochs} and max_skipped is {max_skipped}; want 1 or more, and 0 or more."
       )
-    self._split, self._walk = split, walk(split, seed)
+    self._split, self._walk = split, index_stream(split, seed)
     self._low, self._high, self._memory, self._retry = low, high, memory, retry_epochs * len(split)
     self._max_skipped = max_skipped
     self._position = 0  # of the walk

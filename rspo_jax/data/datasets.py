@@ -1,4 +1,4 @@
-"""F3: the data sets that a config can name. A loader returns {split: Split}; `DATASETS` maps a name to its loader."""
+"""The data sets that a config can name. A loader returns {split: Split}; `DATASETS` maps a name to its loader."""
 
 import math
 import os
@@ -28,8 +28,8 @@ def load_countdown(
     on_broken: see `read_split`.
     **spec: fields of `rspo_jax.tasks.countdown.CountdownSpec`.
   Returns:
-    Examples whose gold is a `rspo_jax.tasks.countdown.Problem` and whose metadata has 'operators'. No problem comes twice, in one
-    split or in both, however its numbers are ordered.
+    Examples whose gold is a `rspo_jax.tasks.countdown.Problem` and whose metadata has 'operators'. No problem comes
+    twice, in one split or in both, however its numbers are ordered.
   Raises:
     ValueError: an unknown or impossible spec, an empty split, a broken record, or a folder that cannot be read.
   """
@@ -57,8 +57,8 @@ def load_knights(
     style: of prompts and answers, of `knights.STYLES`: 'compact' for `knights.ALPHABET`, or 'english'.
     **spec: fields of `rspo_jax.tasks.knights.KnightsSpec`.
   Returns:
-    Examples whose gold is a `rspo_jax.tasks.knights.Problem` and whose metadata has 'style'. No problem comes twice, in other words
-    or under other names (`rspo_jax.tasks.knights.key`), but for the `namings` of training problems.
+    Examples whose gold is a `rspo_jax.tasks.knights.Problem` and whose metadata has 'style'. No problem comes twice,
+    in other words or under other names (`rspo_jax.tasks.knights.key`), but for the `namings` of training problems.
   Raises:
     ValueError: an unknown or impossible spec, an empty split, a broken record, or a folder that cannot be read.
   """
@@ -120,8 +120,8 @@ def load_mixture(
   Args:
     data_dir: of the sources that name none of their own.
     sources: {source: {'name': of `DATASETS`, 'weight': 1.0, 'data_dir': '', 'options': {}}}; all but name may be left
-      out. Training batches have the sources in proportion to their weights (`walk`); weight 0 is for one that is only
-      evaluated on.
+      out. Training batches have the sources in proportion to their weights (`index_stream`); weight 0 is for one that
+      is only evaluated on.
   Returns:
     Of each split the examples of the sources that have it, one source after the other.
   Raises:

@@ -1,4 +1,4 @@
-"""F3: data sets as examples in memory, and batches of them that can be asked for by step.
+"""Data sets as examples in memory, and batches of them that can be asked for by step.
 
 A data set is read and checked whole before anything is compiled. From then on a step's batch is a pure function of
 (seed, step), so the position kept in a checkpoint is one integer. `rspo_jax.data.datasets` has the loaders.
@@ -111,8 +111,9 @@ def read_split(
   return Split(name, tuple(examples), tuple(skipped))
 
 
-def walk(split: Split, seed: int) -> grain.MapDataset:
-  """The endless, shuffled order of a split's indices: `walk(split, seed)[i]` is the i-th. Each epoch is shuffled anew.
+def index_stream(split: Split, seed: int) -> grain.MapDataset:
+  """The endless, shuffled order of a split's indices: `index_stream(split, seed)[i]` is the i-th. Each epoch is
+  shuffled anew.
 
   Of a mixture every source has a walk of its own, with epochs of its own, and the walks are dealt out by weight: among
   the first n are n * w / sum(w) of a source with weight w, give or take one per source. Weights count to a hundredth of
@@ -153,7 +154,7 @@ class Batches:
   def __init__(self, split: Split, rows: int, seed: int, start: int, process_index: int, process_count: int):
     self.position = start
     self._split = split
-    self._walk = walk(split, seed)
+    self._walk = index_stream(split, seed)
     self._rows = rows
     self._first_row = process_index * rows
     self._stride = process_count * rows

@@ -1,4 +1,4 @@
-"""F3: examples from local files, by the names of their fields. docs/data.md has the settings for the public ones."""
+"""Examples from local files, by the names of their fields. docs/data.md has the settings for the public ones."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""F3: the records of local files, each with the place it stands at. Neither `datasets` nor pandas is needed.
+"""The records of local files, each with the place it stands at. Neither `datasets` nor pandas is needed.
 
   .jsonl, .json, either with .gz   an object on each line; .json may also hold one list of objects
   .parquet                         a row a record

@@ -40,11 +40,11 @@ from rspo_jax.evaluation.summary import (
 )
 
 __all__ = [
+  "OVER",
   "CompletionLog",
   "Completions",
   "Estimates",
   "Generate",
-  "OVER",
   "avg_at_k",
   "bootstrap",
   "complete_in_batches",

@@ -1,4 +1,4 @@
-"""F3: completions of problems that a policy was not trained on: drawn batch by batch, judged, kept as JSON lines."""
+"""Completions of problems that a policy was not trained on: drawn batch by batch, judged, kept as JSON lines."""
 
 import hashlib
 import json
@@ -150,7 +150,7 @@ class CompletionLog:
         "reward": round(float(scores.reward[row]), 6),
         "success": bool(scores.success[row]),
         "format": bool(scores.format[row]),
-        "why": scores.why[row],
+        "why": scores.reason[row],
         "answer": scores.answer[row],
       }
 

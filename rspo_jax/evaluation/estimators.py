@@ -1,4 +1,4 @@
-"""F3: what samples say about a policy: avg@k, pass@k, maj@k, their averages and their uncertainty. Pure numpy.
+"""What samples say about a policy: avg@k, pass@k, maj@k, their averages and their uncertainty. Pure numpy.
 
 Every estimator gives one number per problem, [N] float64; a benchmark's number is their mean, a paper's number the mean
 of its benchmarks (`macro_average`). n is how many completions were drawn of each problem, k how many a user would draw.

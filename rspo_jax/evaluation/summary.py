@@ -1,4 +1,4 @@
-"""F4: an evaluation in numbers and tables, from its completions. docs/evaluation.md says what each number is."""
+"""An evaluation in numbers and tables, from its completions. docs/evaluation.md says what each number is."""
 
 import zlib
 from collections import Counter
@@ -96,7 +96,7 @@ def describe(sampled: Completions, greedy: Completions | None) -> dict[str, Any]
     "finished": float(sampled.finished.mean()),
     **of_greedy,
     "tokens": float(sampled.tokens.mean()),
-    "why": dict(Counter(scores.why).most_common()),
+    "why": dict(Counter(scores.reason).most_common()),
   }
 
 

@@ -1,4 +1,4 @@
-"""F1: rewards to advantages: baselines within a prompt's group, scales, and returns of tokens.
+"""Rewards to advantages: baselines within a prompt's group, scales, and returns of tokens.
 
 Everything here is taken over the whole rollout, before it is cut into minibatches: an advantage must not depend on the
 cut. Rows that are filtered out (`keep`) neither get an advantage nor move the baseline of the others.
@@ -118,7 +118,8 @@ def token_advantages(advantage: Array, mask: Array, *, penalty: Array | None = N
 
   Args:
     advantage: [B]. mask: [B, T] bool.
-    penalty: [B, T], the cost of each token, in the reward's unit (a KL coefficient times `rspo_jax.objectives.penalties.kl`).
+    penalty: [B, T], the cost of each token, in the reward's unit (a KL coefficient times
+      `rspo_jax.objectives.penalties.kl`).
   Returns:
     [B, T] float32, no gradient, 0 outside the mask.
   Source: REINFORCE++, arXiv 2501.03262.

@@ -1,4 +1,4 @@
-"""F1: from values per token to one number, exactly, whatever the split of a minibatch.
+"""From values per token to one number, exactly, whatever the split of a minibatch.
 
     token_mean               sum over all tokens / number of tokens
     seq_mean_token_mean      mean over rows of the row's mean

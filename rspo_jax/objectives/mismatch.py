@@ -1,4 +1,4 @@
-"""F1: weights against a sampler that is not the trainer: another engine, another precision, an older policy.
+"""Weights against a sampler that is not the trainer: another engine, another precision, an older policy.
 
 The sampler drew from mu, the trainer's forward says pi_old; m = pi_old / mu. Off by default: our sampler and trainer
 share a forward, and m is 1 to rounding.

@@ -1,4 +1,4 @@
-"""F1: what is subtracted: the distance from a reference policy, and completions that are too long."""
+"""What is subtracted: the distance from a reference policy, and completions that are too long."""
 
 import jax.numpy as jnp
 

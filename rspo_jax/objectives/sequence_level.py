@@ -1,4 +1,5 @@
-"""F1: policy-gradient objectives with one ratio for a whole sequence; the signature of `rspo_jax.objectives.token_level`.
+"""Policy-gradient objectives with one ratio for a whole sequence; the signature of
+`rspo_jax.objectives.token_level`.
 
     gspo   J = A * exp(clip(mean_t q[t]))
     gmpo   J = A * exp(mean_t clip(q[t]))       with router shift: RSPO
@@ -109,8 +110,8 @@ def rloo(
     "token" (verl, OpenRLHF): PPO token by token, that is `grpo`.
     "none" (the paper): REINFORCE, that is `policy_gradient`.
 
-  Args and errors: as `rspo_jax.objectives.token_level.grpo`. With "sequence" the advantage is [B], and trust after the clip
-    is the product of the row's.
+  Args and errors: as `rspo_jax.objectives.token_level.grpo`. With "sequence" the advantage is [B], and trust after the
+    clip is the product of the row's.
   Returns:
     Terms; for "sequence" with the row's term and flags on each of its masked tokens.
   Source: Ahmadian et al., arXiv 2402.14740.

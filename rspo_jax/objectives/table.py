@@ -1,4 +1,4 @@
-"""F1: the objectives by name, each with what its paper or its usual code puts around it; and the loss on plain arrays.
+"""The objectives by name, each with what its paper or its usual code puts around it; and the loss on plain arrays.
 
 `docs/algorithms.md` has the table of formulas, sources and defaults.
 """

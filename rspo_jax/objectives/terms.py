@@ -1,4 +1,4 @@
-"""F1: what all objectives share: their result, their checked inputs, clipping, and where router shift enters.
+"""What all objectives share: their result, their checked inputs, clipping, and where router shift enters.
 
 What clipping means here: PPO's min(w A, clip(w) A) only binds where the ratio has already moved the way the
 advantage pushes it. So the upper bound binds for A > 0, the lower one for A < 0, and a bound ratio is a constant.
@@ -29,7 +29,7 @@ class Terms(NamedTuple):
   objective: Array
   clipped_low: Array
   clipped_high: Array
-  stopped: Array
+  grad_clipped: Array
 
 
 Objective = Callable[..., Terms]

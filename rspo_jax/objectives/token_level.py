@@ -1,8 +1,9 @@
-"""F1: policy-gradient objectives whose terms are tokens, in log space, one signature.
+"""Policy-gradient objectives whose terms are tokens, in log space, one signature.
 
     objective(log_ratio [B, T], advantage [B] or [B, T], mask [B, T], *, log_shift, placement, **options) -> Terms
 
-With q the token's log importance ratio, w = exp(q), sg the stop-gradient and clip one-sided (`rspo_jax.objectives.terms`):
+With q the token's log importance ratio, w = exp(q), sg the stop-gradient and clip one-sided
+(`rspo_jax.objectives.terms`):
 
     policy_gradient  J[t] = A * exp(q[t] - sg q[t])                      no ratio: on-policy REINFORCE
     grpo             J[t] = A * exp(clip(q[t]))                          also Dr.GRPO, DAPO, REINFORCE++
@@ -73,7 +74,8 @@ def grpo(
     Terms per token.
   Raises:
     ValueError: unknown placement, bounds that are no interval around 1, or a dual_clip not above 1.
-  Source: DeepSeekMath, arXiv 2402.03300, eq. 3 (its KL term is `rspo_jax.objectives.penalties`); PPO, arXiv 1707.06347, eq. 7;
+  Source: DeepSeekMath, arXiv 2402.03300, eq. 3 (its KL term is `rspo_jax.objectives.penalties`); PPO, arXiv
+  1707.06347, eq. 7;
     dual clip: arXiv 1912.09729; different bounds: DAPO, arXiv 2503.14476, eq. 8.
   """
   x = prepare(log_ratio, advantage, mask, log_shift, placement, per_token=True)
@@ -107,7 +109,7 @@ def cispo(
   Args and errors: as `grpo`, except that the bounds hold for both signs of A. Router shift before the clip enters the
     weight that is bounded, otherwise it multiplies the bounded one.
   Returns:
-    Terms per token; the flags say where a bound held, `stopped` is False everywhere.
+    Terms per token; the flags say where a bound held, `grad_clipped` is False everywhere.
   Source: MiniMax-M1, arXiv 2506.13585.
   """
   if bounds == "around_one":
@@ -127,7 +129,7 @@ def cispo(
   terms = clipped_terms(
     x, weight * with_gradient_of(x.log_ratio) * x.advantage, x.log_ratio < lower, x.log_ratio > upper
   )
-  return terms._replace(stopped=jnp.zeros_like(x.live))
+  return terms._replace(grad_clipped=jnp.zeros_like(x.live))
 
 
 def sapo(
@@ -175,8 +177,8 @@ def gspo_token(
   """GSPO's sequence ratio on every token, so that tokens may have advantages of their own.
 
   With one advantage a row it has GSPO's value and gradient under "seq_mean_token_mean". Router shift before the clip
-  enters the sequence ratio (and falls into the trap that `rspo_jax.objectives.sequence_level.gspo` describes), otherwise a
-  token's trust multiplies its own term.
+  enters the sequence ratio (and falls into the trap that `rspo_jax.objectives.sequence_level.gspo` describes),
+  otherwise a token's trust multiplies its own term.
 
   Args and errors: as `grpo`. Returns: Terms per token.
   Source: GSPO, arXiv 2507.18071, section on GSPO-token.

@@ -1,9 +1,9 @@
-"""F3: how a reward is asked, and what becomes of one that raises, for one completion or a batch, alone or composed.
+"""How a reward is asked, and what becomes of one that raises, for one completion or a batch, alone or composed.
 
-A reward is a function (text, example) -> RewardResult. One that has a method `judge(texts, examples)` is given whole
-batches instead; one that also has `needs_lengths = True` is called as `judge(texts, examples, lengths)`, with the
-completions' lengths in tokens, or None where nobody knows them. In the place of a result, `judge` may return an
-exception for a completion that it failed on. What holds processes has a method `close`.
+A reward is a function (text, example) -> RewardResult. One that has a method `score_batch(texts, examples)` is given
+whole batches instead; one that also has `needs_lengths = True` is called as `score_batch(texts, examples, lengths)`,
+with the completions' lengths in tokens, or None where nobody knows them. In the place of a result, `score_batch` may
+return an exception for a completion that it failed on. What holds processes has a method `close`.
 """
 
 import collections
@@ -32,7 +32,7 @@ class RewardResult(NamedTuple):
   reward: float
   success: bool
   format: bool
-  why: str = ""
+  reason: str = ""
   answer: str = ""
 
 
@@ -53,9 +53,11 @@ def outcomes(
     lengths: [B], of the completions in tokens; only rewards that need lengths look at them.
     of: what the rows belong to, for messages, as " of source 'gsm8k'".
   Returns:
-    Failures are ValueErrors that name the row, the prompt and the start of the text, or a `judge`'s own exceptions.
+    Failures are ValueErrors that name the row, the prompt and the start of the text, or a `score_batch`'s own
+    exceptions.
   Raises:
-    ValueError: unequal numbers of texts, examples, lengths or results. What a reward's `judge` raises passes through.
+    ValueError: unequal numbers of texts, examples, lengths or results. What a reward's `score_batch` raises passes
+      through.
   """
   if len(texts) != len(examples):
     raise ValueError(
@@ -79,9 +81,9 @@ def outcomes(
       return failure
 
   if getattr(reward, "needs_lengths", False):
-    results = reward.judge(texts, examples, lengths)
+    results = reward.score_batch(texts, examples, lengths)
   elif hasattr(reward, "judge"):
-    results = reward.judge(texts, examples)
+    results = reward.score_batch(texts, examples)
   else:
     results = [single(row) for row in range(len(texts))]
   if len(results) != len(texts):
@@ -95,7 +97,7 @@ def outcomes(
   return [checked(row, result) for row, result in enumerate(results)]
 
 
-def judge_batch(
+def score_batch(
   reward: Reward, texts: Sequence[str], examples: Sequence[Example], lengths: Sequence[int] | None = None
 ) -> list[RewardResult]:
   """A finite result for every text, or the first failure raised; see `outcomes`."""
@@ -111,11 +113,11 @@ def close(reward: Any) -> None:
   getattr(reward, "close", lambda: None)()
 
 
-class Surviving:
+class ZeroOnError:
   """Another reward; a completion that it fails on gets reward 0 and the reason 'failed', all others their due.
 
-  A warning says how many failed, and the first error. Where a `judge` raises for the batch as a whole, completions are
-  judged one by one.
+  A warning says how many failed, and the first error. Where a `score_batch` raises for the batch as a whole,
+  completions are judged one by one.
   """
 
   needs_lengths = True
@@ -124,12 +126,12 @@ class Surviving:
     self._reward = reward
 
   def __call__(self, text: str, example: Example) -> RewardResult:
-    return self.judge([text], [example])[0]
+    return self.score_batch([text], [example])[0]
 
   def close(self) -> None:
     close(self._reward)
 
-  def judge(
+  def score_batch(
     self, texts: Sequence[str], examples: Sequence[Example], lengths: Sequence[int] | None = None
   ) -> list[RewardResult]:
     try:
@@ -157,7 +159,7 @@ class Scores(NamedTuple):
   reward: np.ndarray
   success: np.ndarray
   format: np.ndarray
-  why: tuple[str, ...] = ()
+  reason: tuple[str, ...] = ()
   answer: tuple[str, ...] = ()
 
 
@@ -170,30 +172,30 @@ def score_completions(
     lengths: [B], of the completions in tokens, for rewards that need them.
   Raises:
     ValueError: unequal lengths, or a reward that raised or returned anything but a finite RewardResult; names the
-      row, the prompt and the start of the text. What a reward's own `judge` raises passes through.
+      row, the prompt and the start of the text. What a reward's own `score_batch` raises passes through.
   """
-  results = judge_batch(reward, texts, examples, lengths)
+  results = score_batch(reward, texts, examples, lengths)
   return Scores(
     np.array([result.reward for result in results], np.float32),
     np.array([result.success for result in results], bool),
     np.array([result.format for result in results], bool),
-    tuple(result.why for result in results),
+    tuple(result.reason for result in results),
     tuple(result.answer for result in results),
   )
 
 
-def why_counts(scores: Scores, *, most: int = 16) -> dict[str, float]:
+def reason_counts(scores: Scores, *, most: int = 16) -> dict[str, float]:
   """How often every reason was given, as metrics.
 
   Args:
     most: reasons that are named, the most frequent first; the rest together are 'other'.
   Returns:
-    'reward/why/<reason>' -> share of the completions, in (0, 1]; reasons in small letters, digits and underscores.
+    'reward/reason/<reason>' -> share of the completions, in (0, 1]; reasons in small letters, digits and underscores.
     Completions without a reason are not counted.
   """
-  counts = collections.Counter(re.sub(r"[^a-z0-9]+", "_", why.casefold()).strip("_") for why in scores.why)
+  counts = collections.Counter(re.sub(r"[^a-z0-9]+", "_", reason.casefold()).strip("_") for reason in scores.reason)
   del counts[""]
   named = dict(counts.most_common(most))
   if rest := counts.total() - sum(named.values()):
     named["other"] = named.get("other", 0) + rest
-  return {f"reward/why/{reason}": count / len(scores.why) for reason, count in named.items()}
+  return {f"reward/reason/{reason}": count / len(scores.reason) for reason, count in named.items()}

@@ -1,11 +1,11 @@
-"""F3: rewards made of rewards: a weighted sum, and a choice by the example's source."""
+"""Rewards made of rewards: a weighted sum, and a choice by the example's source."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rspo_jax.data.examples import Example
-from rspo_jax.rewards.base import Reward, RewardResult, close, judge_batch, outcomes
+from rspo_jax.rewards.base import Reward, RewardResult, close, outcomes, score_batch
 
 ANY_SOURCE = "*"
 
@@ -39,9 +39,9 @@ class WeightedReward:
       close(reward)
 
   def __call__(self, text: str, example: Example) -> RewardResult:
-    return judge_batch(self, [text], [example])[0]
+    return score_batch(self, [text], [example])[0]
 
-  def judge(
+  def score_batch(
     self, texts: Sequence[str], examples: Sequence[Example], lengths: Sequence[int] | None = None
   ) -> list[RewardResult | Exception]:
     """As `judging.outcomes`; errors name the term. A completion that one term fails on has failed."""
@@ -85,9 +85,9 @@ class BySourceReward:
       close(reward)
 
   def __call__(self, text: str, example: Example) -> RewardResult:
-    return judge_batch(self, [text], [example])[0]
+    return score_batch(self, [text], [example])[0]
 
-  def judge(
+  def score_batch(
     self, texts: Sequence[str], examples: Sequence[Example], lengths: Sequence[int] | None = None
   ) -> list[RewardResult | Exception]:
     """As `judging.outcomes`; errors name the source. ValueError for a source without a reward."""

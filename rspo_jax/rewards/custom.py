@@ -1,49 +1,17 @@
-"""F3: any Python callable as a reward, by its dotted path; on request in processes that are killed when it hangs."""
+"""Any Python callable as a reward, by its dotted path; on request in processes that are killed when it hangs."""
 
-import difflib
 import functools
-import importlib
 import json
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rspo_jax.data.examples import Example
-from rspo_jax.rewards.base import RewardResult, close, judge_batch, outcomes
+from rspo_jax.lookup import load_path
+from rspo_jax.rewards.base import RewardResult, close, outcomes, score_batch
 from rspo_jax.rewards.worker_pool import WorkerPool
-
-_PATH = re.compile(r"[\w.]+:\w+")
-
-
-def is_path(name: str) -> bool:
-  """Whether a reward's name is a dotted path, "package.module:function"."""
-  return _PATH.fullmatch(name) is not None
-
-
-def load_callable(path: str) -> Callable[..., Any]:
-  """What a path "package.module:function" leads to.
-
-  Raises:
-    ValueError: no such module, one that does not load, or no such callable in it; names those that are near.
-  """
-  module, _, function = path.partition(":")
-  try:
-    found = importlib.import_module(module)
-  except Exception as error:
-    raise ValueError(
-      f"{path!r}: module {module} cannot be imported ({type(error).__name__}: {error}); it is looked for in the folder "
-      "that Python was started in, in PYTHONPATH and among the installed packages."
-    ) from error
-  made = getattr(found, function, None)
-  if not callable(made):
-    names = [name for name in vars(found) if callable(getattr(found, name)) and not name.startswith("_")]
-    near = difflib.get_close_matches(function, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'none'}."
-    raise ValueError(f"{path!r}: {module} has no callable {function}; {hint}")
-  return made
 
 
 def as_result(value: Any, success_at: float = 1.0) -> Any:
@@ -59,8 +27,9 @@ def as_result(value: Any, success_at: float = 1.0) -> Any:
 class CustomReward:
   """A user's function `(text, example, **options) -> number, bool or RewardResult`, or an instance of a user's class.
 
-  A class is made once with the options and called; if it has `judge`, that is given whole batches (see
-  `rspo_jax.rewards.base`). With a timeout, every completion is judged in a worker process, which imports the module anew,
+  A class is made once with the options and called; if it has `score_batch`, that is given whole batches (see
+  `rspo_jax.rewards.base`). With a timeout, every completion is judged in a worker process, which imports the module
+  anew,
   and is killed when it is over its time: reward 0 and the reason 'timeout'. One that raises there, or ends its
   process, is an error as it is in this process.
 
@@ -81,7 +50,7 @@ class CustomReward:
     Raises:
       ValueError: there is no such callable, or options or a setting that it does not take.
     """
-    made = load_callable(path)
+    made = load_path(path)
     self._path, self._success_at = path, success_at
     self._reward, self._pool = None, None
     if timeout:
@@ -108,9 +77,9 @@ class CustomReward:
     close(self._reward if self._pool is None else self._pool)
 
   def __call__(self, text: str, example: Example) -> RewardResult:
-    return judge_batch(self, [text], [example])[0]
+    return score_batch(self, [text], [example])[0]
 
-  def judge(
+  def score_batch(
     self, texts: Sequence[str], examples: Sequence[Example], lengths: Sequence[int] | None = None
   ) -> list[RewardResult | Exception]:
     """As `judging.outcomes`."""

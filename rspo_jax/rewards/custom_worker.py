@@ -1,4 +1,4 @@
-"""F3: a reward of the user's, in a worker. It imports nothing of ours, since that would import JAX."""
+"""A reward of the user's, in a worker. It imports nothing of ours, since that would import JAX."""
 
 import collections
 import functools
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def load(argument: str) -> Callable[[tuple[str, tuple]], tuple[bool, Any]]:
-  """The function that judges (text, fields of the example), made of JSON: module, function, options, path, fields.
+  """The function that scores (text, fields of the example), made of JSON: module, function, options, path, fields.
 
   It returns whether the reward returned a RewardResult, and its fields, or else what it did return.
   """
@@ -20,10 +20,10 @@ def load(argument: str) -> Callable[[tuple[str, tuple]], tuple[bool, Any]]:
   made = getattr(importlib.import_module(wanted["module"]), wanted["function"])
   reward = made(**wanted["options"]) if isinstance(made, type) else functools.partial(made, **wanted["options"])
 
-  def judge(item: tuple[str, tuple]) -> tuple[bool, Any]:
+  def run(item: tuple[str, tuple]) -> tuple[bool, Any]:
     text, fields = item
     value = reward(text, example(*fields))
     whole = type(value).__name__ == "RewardResult"
     return whole, tuple(value) if whole else value
 
-  return judge
+  return run

@@ -37,4 +37,4 @@ def _result(verdict: countdown.Verdict | knights.Verdict, answer: str, format_re
   if not 0.0 <= format_reward < 1.0:
     raise ValueError(f"format_reward is {format_reward}; want a value in [0, 1), less than a right answer earns.")
   reward = 1.0 if verdict.right else format_reward if verdict.valid else 0.0
-  return RewardResult(reward, verdict.right, verdict.valid, verdict.why, answer)
+  return RewardResult(reward, verdict.right, verdict.valid, verdict.reason, answer)

@@ -1,4 +1,4 @@
-"""F3: rewards by name, and how a batch of completions is scored. docs/rewards.md lists them.
+"""Rewards by name, and how a batch of completions is scored. docs/rewards.md lists them.
 
 `REWARDS` maps a name to a function (text, example) -> RewardResult, to a class of rewards that judge whole batches
 (`rspo_jax.rewards.base`), or to what makes one of other rewards; `make_reward` binds its options. Any other callable is
@@ -6,16 +6,16 @@ named by its path, "package.module:function".
 """
 
 import contextlib
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rspo_jax.rewards.base import Reward, Surviving, close
+from rspo_jax.lookup import is_path, load_path, near
+from rspo_jax.rewards.base import Reward, ZeroOnError, close
 from rspo_jax.rewards.code.reward import CodeReward
 from rspo_jax.rewards.composed import BySourceReward, WeightedReward
-from rspo_jax.rewards.custom import CustomReward, is_path, load_callable
+from rspo_jax.rewards.custom import CustomReward
 from rspo_jax.rewards.math.reward import MathReward
 from rspo_jax.rewards.puzzles import countdown_reward, knights_reward
 from rspo_jax.rewards.text import FormatReward, LengthReward, exact_match_reward, repetition_reward
@@ -71,7 +71,7 @@ def make_reward(name: str, *, on_error: str = "fail", **options: Any) -> Reward:
 
   Args:
     on_error: what a completion that makes the reward raise does: 'fail' ends the run with an error that names it;
-      'zero' gives it reward 0 and the reason 'failed' (`judging.Surviving`).
+      'zero' gives it reward 0 and the reason 'failed' (`judging.ZeroOnError`).
   Raises:
     ValueError: an unknown name, an unknown option or an impossible value; names what is near.
   """
@@ -84,14 +84,14 @@ def make_reward(name: str, *, on_error: str = "fail", **options: Any) -> Reward:
     reward = made(**options)
   else:
     reward = functools.partial(made, **options)
-  return Surviving(reward) if on_error == "zero" else reward
+  return ZeroOnError(reward) if on_error == "zero" else reward
 
 
 def check_reward(name: Any, options: Any, where: str = "reward") -> None:
   """ValueError for a name, option or term that `make_reward` does not know, by its key below `where`; makes nothing."""
   if not isinstance(name, str) or not (name in REWARDS or is_path(name)):
     raise ValueError(
-      f"{where}.name is {name!r}; {_near(str(name), REWARDS)} A reward of your own is named package.module:function."
+      f"{where}.name is {name!r}; {near(str(name), REWARDS)} A reward of your own is named package.module:function."
     )
   if not isinstance(options, Mapping):
     raise ValueError(f"{where}.options is {options!r}; want a group of options.")
@@ -104,7 +104,7 @@ def check_reward(name: Any, options: Any, where: str = "reward") -> None:
         _check_spec(spec, f"{at}.{source}", ("name", "options"))
     return
   try:
-    made = REWARDS[name] if name in REWARDS else load_callable(name)
+    made = REWARDS[name] if name in REWARDS else load_path(name)
   except ValueError as error:
     raise ValueError(f"{where}.name is {error}") from error
   parameters = list(inspect.signature(made).parameters.values())
@@ -115,7 +115,7 @@ def check_reward(name: Any, options: Any, where: str = "reward") -> None:
   if not any(p.kind is p.VAR_KEYWORD for p in parameters):
     for option in options:
       if option not in known:
-        raise ValueError(f"{at}.{option} is unknown; {_near(option, known)}")
+        raise ValueError(f"{at}.{option} is unknown; {near(option, known)}")
   if missing := [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in options]:
     raise ValueError(f"{at} lacks {', '.join(missing)}, which {name} needs.")
   if name == "weighted":
@@ -137,13 +137,8 @@ def _check_spec(spec: Any, where: str, known: Sequence[str]) -> None:
     raise ValueError(f"{where} is {spec!r}; want a group of {', '.join(known)}, at least name.")
   for key in spec:
     if key not in known:
-      raise ValueError(f"{where}.{key} is unknown; {_near(key, known)}")
+      raise ValueError(f"{where}.{key} is unknown; {near(key, known)}")
   weight = spec.get("weight", 1.0)
   if isinstance(weight, bool) or not isinstance(weight, int | float):
     raise ValueError(f"{where}.weight is {weight!r}; want a number.")
   check_reward(spec["name"], spec.get("options", {}), where)
-
-
-def _near(word: str, known: Any) -> str:
-  near = difflib.get_close_matches(word, known, n=1)
-  return f"did you mean {near[0]}?" if near else f"want one of {', '.join(sorted(known))}."

@@ -1,4 +1,4 @@
-"""F3: rewards that read the text alone: its form, its repetitions, its length, and whether it says what it should."""
+"""Rewards that read the text alone: its form, its repetitions, its length, and whether it says what it should."""
 
 import re
 import unicodedata
@@ -128,7 +128,7 @@ class LengthReward:
     self._limits = {"max_length": max_length, "buffer": buffer, "penalty": penalty}
     overlong_penalty(np.zeros(1), **self._limits)
 
-  def judge(
+  def score_batch(
     self, texts: Sequence[str], examples: Sequence[Example], lengths: Sequence[int] | None = None
   ) -> list[RewardResult]:
     """ValueError without lengths."""

@@ -1,4 +1,4 @@
-"""F3: a function run on items in worker processes that can be killed, so that no item can hang or end the caller.
+"""A function run on items in worker processes that can be killed, so that no item can hang or end the caller.
 
 Every worker runs one item at a time and is killed (SIGKILL) when that item is over its time; another takes its place.
 A worker runs this file as its program and the function's file, nothing else: neither the caller's main module nor a

@@ -1,4 +1,4 @@
-"""F4: what an RL step trains on: groups of completions, sampled, judged, chosen, and carried over where asked for."""
+"""What an RL step trains on: groups of completions, sampled, judged, chosen, and carried over where asked for."""
 
 import functools
 import time

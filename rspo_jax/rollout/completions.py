@@ -1,4 +1,4 @@
-"""F3: completions on the host, each with its own length, and how they become a batch."""
+"""Completions on the host, each with its own length, and how they become a batch."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class Completion(NamedTuple):
 
   Attributes:
     number: its random keys follow from it. prompt: [p] int32. limit: most tokens it may have.
-    tokens [m] int32, drawn_log_prob, log_prob [m] float32: what is drawn so far, as `Rollout` has them.
+    tokens [m] int32, sampler_log_prob, log_prob [m] float32: what is drawn so far, as `Rollout` has them.
     version: [m] int32, of the policy that drew each token.
     finished: it ended with a stop token.
     experts: [p + m, L, K], which every token was drawn with; None unless they are recorded.
@@ -23,14 +23,14 @@ class Completion(NamedTuple):
   prompt: np.ndarray
   limit: int
   tokens: np.ndarray
-  drawn_log_prob: np.ndarray
+  sampler_log_prob: np.ndarray
   log_prob: np.ndarray
   version: np.ndarray
   finished: bool = False
   experts: np.ndarray | None = None
 
   @property
-  def through(self) -> bool:
+  def done(self) -> bool:
     return self.finished or len(self.tokens) >= self.limit
 
 
@@ -50,13 +50,13 @@ def pack(completions: Sequence[Completion], prompt_length: int, new: int, *, ver
   columns = {
     name: np.zeros((rows, slots), dtype)
     for name, dtype in (("tokens", np.int32), ("valid", bool), ("action_mask", bool), ("version", np.int32))
-  } | {name: np.zeros((rows, slots), np.float32) for name in ("drawn_log_prob", "log_prob")}
+  } | {name: np.zeros((rows, slots), np.float32) for name in ("sampler_log_prob", "log_prob")}
   experts = None
   for row, completion in enumerate(completions):
     prompt = slice(prompt_length - len(completion.prompt), prompt_length)
     drawn = slice(prompt_length, prompt_length + len(completion.tokens))
     columns["tokens"][row, prompt] = completion.prompt
-    for name in ("tokens", "drawn_log_prob", "log_prob", "version"):
+    for name in ("tokens", "sampler_log_prob", "log_prob", "version"):
       columns[name][row, drawn] = getattr(completion, name)
     columns["valid"][row, prompt.start : drawn.stop] = True
     columns["action_mask"][row, drawn] = True
@@ -68,7 +68,7 @@ def pack(completions: Sequence[Completion], prompt_length: int, new: int, *, ver
     tokens=columns["tokens"],
     valid=columns["valid"],
     action_mask=columns["action_mask"],
-    sampler_log_prob=columns["drawn_log_prob"],
+    sampler_log_prob=columns["sampler_log_prob"],
     log_prob=columns["log_prob"],
     finished=np.array([completion.finished for completion in completions], bool),
     expert_index=experts,
@@ -76,7 +76,7 @@ def pack(completions: Sequence[Completion], prompt_length: int, new: int, *, ver
   )
 
 
-_RAGGED = ("prompt", "tokens", "drawn_log_prob", "log_prob", "version")
+_RAGGED = ("prompt", "tokens", "sampler_log_prob", "log_prob", "version")
 
 
 def to_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray]:
@@ -131,7 +131,7 @@ def unpack(rollout: Rollout, waiting: Sequence[Completion], version: int) -> lis
     found.append(
       completion._replace(
         tokens=rollout.tokens[row, drawn],
-        drawn_log_prob=rollout.sampler_log_prob[row, drawn],
+        sampler_log_prob=rollout.sampler_log_prob[row, drawn],
         log_prob=rollout.log_prob[row, drawn],
         version=np.full(len(drawn), version, np.int32),
         finished=bool(rollout.finished[row]),

@@ -1,4 +1,4 @@
-"""F3: continuous batching. A row that is through takes the next waiting prompt, so long answers do not idle the others.
+"""Continuous batching. A row that is through takes the next waiting prompt, so long answers do not idle the others.
 
 The rows are decoded together until some of them are through; then the host collects those and fills the rows anew.
 When nobody waits any more, the last rows move together into fewer: a step reads the cache of every row there is. The
@@ -16,7 +16,16 @@ import numpy as np
 
 from rspo_jax import mesh
 from rspo_jax.rollout.completions import Completion, begin, pack
-from rspo_jax.rollout.decode_rows import Begun, Prompts, Slots, decode, empty_slots, fill, read_prompts, regroup
+from rspo_jax.rollout.decode_rows import (
+  DecodeRows,
+  Partial,
+  PrefilledPrompts,
+  compact,
+  decode,
+  fill,
+  init_rows,
+  prefill_prompts,
+)
 from rspo_jax.rollout.prefill_queue import _Queue
 from rspo_jax.rollout.sampling import SamplingOptions
 from rspo_jax.types import Layout, Params, Policy, Rollout
@@ -56,7 +65,7 @@ class ContinuousSampler:
     refill: int | None = None,
     prompts_at_once: int | None = None,
     buckets: Sequence[int] | None = None,
-    continues: bool = False,
+    resume: bool = False,
     shrink: int = 4,
     layout: Layout | None = None,
   ):
@@ -74,7 +83,7 @@ class ContinuousSampler:
     if self._buckets[-1] != prompt_length or list(self._buckets) != sorted(set(self._buckets)) or self._buckets[0] < 1:
       raise ValueError(f"buckets are {self._buckets}; want rising lengths, the last one {prompt_length}.")
     new, size = options.max_new_tokens, prompt_length + options.max_new_tokens
-    self._continued = tuple(sorted({prompt_length + -(-new // 2), size})) if continues else ()
+    self._continued = tuple(sorted({prompt_length + -(-new // 2), size})) if resume else ()
     self._sizes = [rows]
     while (
       shrink > 1
@@ -84,10 +93,10 @@ class ContinuousSampler:
       self._sizes.append(fewer)
     bind = functools.partial
     self._prepare = jax.jit(lambda params: policy.for_decode(params, size))
-    self._empty = lambda rows: empty_slots(policy, options, rows, size)
+    self._empty = lambda rows: init_rows(policy, options, rows, size)
     self._start = jax.jit(bind(self._empty, rows), out_shardings=self._shardings(rows))
-    self._regroup = {count: jax.jit(regroup, out_shardings=self._shardings(count)) for count in self._sizes}
-    self._read = jax.jit(bind(read_prompts, policy, options))
+    self._regroup = {count: jax.jit(compact, out_shardings=self._shardings(count)) for count in self._sizes}
+    self._read = jax.jit(bind(prefill_prompts, policy, options))
     self._fill = jax.jit(bind(fill, policy, options), donate_argnums=2)
     self._decode = jax.jit(bind(decode, policy, options), donate_argnums=2)
     self._take = jax.jit(lambda kept, rows: jax.tree.map(lambda leaf: leaf[rows], kept))
@@ -149,9 +158,9 @@ class ContinuousSampler:
       self._continued,
       self._options.record_experts,
     )
-    queue.add([completion for completion in known.values() if not completion.through])
+    queue.add([completion for completion in known.values() if not completion.done])
     owner = np.full(self._rows, -1)
-    news = [completion for completion in known.values() if completion.through]
+    news = [completion for completion in known.values() if completion.done]
     while True:
       if after is not None:
         more = after(news)
@@ -179,7 +188,7 @@ class ContinuousSampler:
     self._collect(state, np.flatnonzero(owner >= 0), owner, known, queue, version)
     return [known[number] for number in sorted(known)]
 
-  def _resize(self, state: Slots, owner: np.ndarray, count: int) -> tuple[Slots, np.ndarray]:
+  def _resize(self, state: DecodeRows, owner: np.ndarray, count: int) -> tuple[DecodeRows, np.ndarray]:
     """The rows that are in use, moved into `count` rows."""
     if len(owner) == count:
       return state, owner
@@ -188,7 +197,7 @@ class ContinuousSampler:
     sources[: len(used)] = used
     return self._regroup[count](state, sources, live), np.where(live, owner[sources], -1)
 
-  def _read_prompts(self, weights: Params, tokens: np.ndarray, valid: np.ndarray) -> Prompts:
+  def _read_prompts(self, weights: Params, tokens: np.ndarray, valid: np.ndarray) -> PrefilledPrompts:
     return self._read(weights, *(mesh.put_batch((tokens, valid), self._layout) if self._layout else (tokens, valid)))
 
   def _shardings(self, rows: int) -> Any:
@@ -197,7 +206,7 @@ class ContinuousSampler:
     split, everywhere = self._layout.sharding("batch"), self._layout.sharding()
     return jax.tree.map(lambda leaf: split if leaf.ndim else everywhere, jax.eval_shape(lambda: self._empty(rows)))
 
-  def _seat(self, weights: Params, key: jax.Array, state: Slots, queue: "_Queue", owner: np.ndarray):
+  def _seat(self, weights: Params, key: jax.Array, state: DecodeRows, queue: "_Queue", owner: np.ndarray):
     """Fills the free rows from the queue; one call fills rows from one batch of prompts."""
     free = np.flatnonzero(owner < 0)
     while queue and len(free):
@@ -212,7 +221,7 @@ class ContinuousSampler:
       state = self._fill(weights, key, state, seated[0].prompts, rows_in, *others, begun)
     return state
 
-  def _begun(self, completions: Sequence[Completion]) -> Begun | None:
+  def _begun(self, completions: Sequence[Completion]) -> Partial | None:
     """What is drawn of them; None if nothing is: a batch of prompts has either kind only."""
     if not len(completions[0].tokens):
       return None
@@ -228,12 +237,12 @@ class ContinuousSampler:
     if self._options.record_experts:
       experts = padded(c.experts[len(c.prompt) :] for c in completions)
     lengths = np.resize([len(c.tokens) for c in completions], self._refill).astype(np.int32)
-    columns = (padded(getattr(c, name) for c in completions) for name in ("tokens", "drawn_log_prob", "log_prob"))
-    return Begun(lengths, *columns, experts)
+    columns = (padded(getattr(c, name) for c in completions) for name in ("tokens", "sampler_log_prob", "log_prob"))
+    return Partial(lengths, *columns, experts)
 
   def _collect(self, state, rows, owner, known: dict[int, Completion], queue: "_Queue", version: int):
     """Takes what these rows hold into `known`; returns their completions."""
-    kept = (state.length, state.tokens, state.drawn_log_prob, state.log_prob, state.experts)
+    kept = (state.length, state.tokens, state.sampler_log_prob, state.log_prob, state.experts)
     found = []
     for start in range(0, len(rows), self._refill):
       part = rows[start : start + self._refill]
@@ -249,7 +258,7 @@ class ContinuousSampler:
         found.append(
           old._replace(
             tokens=tokens[i, new].copy(),
-            drawn_log_prob=drawn[i, new].copy(),
+            sampler_log_prob=drawn[i, new].copy(),
             log_prob=raw[i, new].copy(),
             version=version_of,
             experts=routed,

@@ -1,7 +1,7 @@
-"""F2: a fixed set of rows that are decoded together and filled anew one by one, the device side of continuous batching.
+"""A fixed set of rows that are decoded together and filled anew one by one, the device side of continuous batching.
 
-`rspo_jax.rollout.continuous` decides who comes when. All functions are pure and keep every shape fixed, so that each is one
-program.
+`rspo_jax.rollout.continuous` decides who comes when. All functions are pure and keep every shape fixed, so that each
+is one program.
 """
 
 from typing import Any, NamedTuple
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rspo_jax.rollout.sampling import SamplingOptions, draw_tokens, experts_by_slot, keys_of, look_at_experts
+from rspo_jax.rollout.sampling import SamplingOptions, experts_by_slot, experts_probe, row_keys, sample_tokens
 from rspo_jax.router.trace import index_dtype
 from rspo_jax.types import Array, Cache, Params, Policy
 
 
-class Prompts(NamedTuple):
+class PrefilledPrompts(NamedTuple):
   """Prompts that are read and wait for a row.
 
   Attributes:
@@ -27,22 +27,22 @@ class Prompts(NamedTuple):
   experts: Any
 
 
-class Begun(NamedTuple):
+class Partial(NamedTuple):
   """Completions that go on where an earlier policy, or an earlier call, left them.
 
   Attributes:
-    length: [n] int32, tokens drawn. tokens [n, N] int32, drawn_log_prob, log_prob [n, N] float32 and experts
+    length: [n] int32, tokens drawn. tokens [n, N] int32, sampler_log_prob, log_prob [n, N] float32 and experts
       [n, N, L, K] (() unless they are recorded): the completion so far.
   """
 
   length: Array
   tokens: Array
-  drawn_log_prob: Array
+  sampler_log_prob: Array
   log_prob: Array
   experts: Any = ()
 
 
-class Slots(NamedTuple):
+class DecodeRows(NamedTuple):
   """B rows in the middle of their completions.
 
   Attributes:
@@ -50,7 +50,7 @@ class Slots(NamedTuple):
     running: [B] bool; a row that is not is through, or was never filled.
     length: [B] int32, tokens drawn. limit: [B] int32, most that a row may draw. number: [B] int32, of the completion
       in the whole batch; its random keys follow from it.
-    tokens [B, N] int32, drawn_log_prob, log_prob [B, N] float32: the completion so far.
+    tokens [B, N] int32, sampler_log_prob, log_prob [B, N] float32: the completion so far.
     experts: [B, N, L, K], of every token; () unless they are recorded.
   """
 
@@ -61,17 +61,17 @@ class Slots(NamedTuple):
   limit: Array
   number: Array
   tokens: Array
-  drawn_log_prob: Array
+  sampler_log_prob: Array
   log_prob: Array
   experts: Any
 
 
-def empty_slots(policy: Policy, options: SamplingOptions, rows: int, slots: int) -> Slots:
+def init_rows(policy: Policy, options: SamplingOptions, rows: int, slots: int) -> DecodeRows:
   """Rows that nobody has filled, with a cache of so many slots: the longest prompt and max_new_tokens."""
   new = options.max_new_tokens
   of_row, of_token = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows, new))
   kept = (rows, new, policy.num_moe_layers, policy.experts_per_token)
-  return Slots(
+  return DecodeRows(
     cache=policy.init_cache(rows, slots),
     token=of_row,
     running=jnp.zeros((rows,), bool),
@@ -79,17 +79,19 @@ def empty_slots(policy: Policy, options: SamplingOptions, rows: int, slots: int)
     limit=of_row,
     number=of_row,
     tokens=jnp.zeros((rows, new), jnp.int32),
-    drawn_log_prob=of_token,
+    sampler_log_prob=of_token,
     log_prob=of_token,
     experts=jnp.zeros(kept, index_dtype(policy.num_experts)) if options.record_experts else (),
   )
 
 
-def read_prompts(policy: Policy, options: SamplingOptions, weights: Params, tokens: Array, valid: Array) -> Prompts:
+def prefill_prompts(
+  policy: Policy, options: SamplingOptions, weights: Params, tokens: Array, valid: Array
+) -> PrefilledPrompts:
   """Prefills prompts [P, Tp], left-padded. weights: `Policy.for_decode`'s."""
   cache = policy.init_cache(*tokens.shape)
-  hidden, experts, cache = policy.prefill(weights, tokens, valid, cache, probe=look_at_experts(options))
-  return Prompts(hidden[:, -1], cache, experts_by_slot(experts))
+  hidden, experts, cache = policy.prefill(weights, tokens, valid, cache, probe=experts_probe(options))
+  return PrefilledPrompts(hidden[:, -1], cache, experts_by_slot(experts))
 
 
 def fill(
@@ -97,14 +99,14 @@ def fill(
   options: SamplingOptions,
   weights: Params,
   key: Array,
-  slots: Slots,
-  prompts: Prompts,
+  slots: DecodeRows,
+  prompts: PrefilledPrompts,
   rows: Array,
   sources: Array,
   numbers: Array,
   limits: Array,
-  begun: Begun | None = None,
-) -> Slots:
+  begun: Partial | None = None,
+) -> DecodeRows:
   """Gives rows to n completions: rows[i] takes prompt sources[i], is number numbers[i], and draws its next token.
 
   A row beyond the batch (rows[i] = B) leaves that place of the call unused.
@@ -112,9 +114,9 @@ def fill(
   Args:
     begun: what is drawn of them already; the prompts then end with those tokens. None: nothing is.
   """
-  keys = keys_of(key, numbers)
+  keys = row_keys(key, numbers)
   done = jnp.zeros_like(rows) if begun is None else begun.length
-  tokens, drawn, raw = draw_tokens(policy, options, weights, prompts.hidden[sources], keys, done)
+  tokens, drawn, raw = sample_tokens(policy, options, weights, prompts.hidden[sources], keys, done)
 
   def put(old: Array, new: Array) -> Array:
     return old.at[rows].set(new, mode="drop")
@@ -124,12 +126,12 @@ def fill(
     kept = jnp.zeros((rows.size, *old.shape[1:]), old.dtype) if before is None else before
     return put(old, kept.at[jnp.arange(rows.size), done].set(new.astype(old.dtype)))
 
-  before = Begun(*[None] * 5) if begun is None else begun
+  before = Partial(*[None] * 5) if begun is None else begun
   experts = slots.experts
   if options.record_experts:
     experts = record(experts, prompts.experts[sources, -1], before.experts)
   goes_on = ~_stops(options, tokens) & (limits > done + 1)
-  return Slots(
+  return DecodeRows(
     cache=policy.insert(slots.cache, rows, prompts.cache, sources),
     token=put(slots.token, tokens),
     running=put(slots.running, goes_on),
@@ -137,22 +139,22 @@ def fill(
     limit=put(slots.limit, limits),
     number=put(slots.number, numbers),
     tokens=record(slots.tokens, tokens, before.tokens),
-    drawn_log_prob=record(slots.drawn_log_prob, drawn, before.drawn_log_prob),
+    sampler_log_prob=record(slots.sampler_log_prob, drawn, before.sampler_log_prob),
     log_prob=record(slots.log_prob, raw, before.log_prob),
     experts=experts,
   )
 
 
 def decode(
-  policy: Policy, options: SamplingOptions, weights: Params, key: Array, slots: Slots, steps: Array, least: Array
-) -> Slots:
+  policy: Policy, options: SamplingOptions, weights: Params, key: Array, slots: DecodeRows, steps: Array, least: Array
+) -> DecodeRows:
   """Decodes until fewer than `least` rows run, at most `steps` tokens a row; both [] int32."""
-  look, keys = look_at_experts(options), keys_of(key, slots.number)
+  look, keys = experts_probe(options), row_keys(key, slots.number)
 
   def body(carry):
     step, slots = carry
     hidden, experts, cache = policy.decode(weights, slots.token, slots.running, slots.cache, probe=look)
-    token, drawn, raw = draw_tokens(policy, options, weights, hidden, keys, slots.length)
+    token, drawn, raw = sample_tokens(policy, options, weights, hidden, keys, slots.length)
     # A row that does not run writes beyond its record, which drops it.
     at = jnp.where(slots.running, slots.length, options.max_new_tokens)
     row = jnp.arange(at.size)
@@ -161,7 +163,7 @@ def decode(
       return old.at[row, at].set(new.astype(old.dtype), mode="drop")
 
     length = slots.length + slots.running
-    return step + 1, Slots(
+    return step + 1, DecodeRows(
       cache=cache,
       token=token,
       running=slots.running & ~_stops(options, token) & (length < slots.limit),
@@ -169,7 +171,7 @@ def decode(
       limit=slots.limit,
       number=slots.number,
       tokens=put(slots.tokens, token),
-      drawn_log_prob=put(slots.drawn_log_prob, drawn),
+      sampler_log_prob=put(slots.sampler_log_prob, drawn),
       log_prob=put(slots.log_prob, raw),
       experts=jax.tree.map(lambda old, new: put(old, jnp.moveaxis(new, 0, 1)), slots.experts, experts),
     )
@@ -181,7 +183,7 @@ def decode(
   return jax.lax.while_loop(more, body, (jnp.int32(0), slots))[1]
 
 
-def regroup(slots: Slots, sources: Array, live: Array) -> Slots:
+def compact(slots: DecodeRows, sources: Array, live: Array) -> DecodeRows:
   """Another number of rows: row i is what row sources[i] was, or empty where live[i] is False; both [B']."""
   moved = jax.tree.map(lambda leaf: leaf[sources] if leaf.ndim else leaf, slots)
   return moved._replace(running=moved.running & live)

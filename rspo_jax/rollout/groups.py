@@ -9,7 +9,7 @@ from rspo_jax.data.examples import Example
 from rspo_jax.rollout.completions import Completion
 
 
-class Judged(NamedTuple):
+class GroupScores(NamedTuple):
   """Of the G completions of a group: reward with and without the overlong penalty, success, format; each [G]."""
 
   reward: np.ndarray
@@ -18,7 +18,7 @@ class Judged(NamedTuple):
   format: np.ndarray
 
   @property
-  def useful(self) -> bool:
+  def has_signal(self) -> bool:
     """The rewards of the answers differ, so there is something to learn."""
     return self.answer_reward.max() > self.answer_reward.min()
 
@@ -34,8 +34,8 @@ class Group:
   def __init__(self, number: int, place: int, example: Example, completions: Sequence[Completion], started: int):
     self.number, self.place, self.example, self.started = number, place, example, started
     self.completions = list(completions)
-    self.judged: Judged | None = None
+    self.judged: GroupScores | None = None
 
   @property
-  def through(self) -> bool:
-    return all(completion.through for completion in self.completions)
+  def done(self) -> bool:
+    return all(completion.done for completion in self.completions)

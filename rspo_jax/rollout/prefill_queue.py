@@ -8,7 +8,7 @@ import numpy as np
 
 from rspo_jax import mesh
 from rspo_jax.rollout.completions import Completion
-from rspo_jax.rollout.decode_rows import Prompts
+from rspo_jax.rollout.decode_rows import PrefilledPrompts
 
 
 class _Place(NamedTuple):
@@ -16,7 +16,7 @@ class _Place(NamedTuple):
 
   completion: Completion
   source: int
-  prompts: Prompts
+  prompts: PrefilledPrompts
 
 
 class _Queue:
@@ -26,14 +26,14 @@ class _Queue:
   them is to get a row.
 
   Args:
-    read: (tokens [P, length], valid) -> `slots.Prompts`. at_once: P.
+    read: (tokens [P, length], valid) -> `slots.PrefilledPrompts`. at_once: P.
     buckets: lengths of prompts; continued: of prompts with what is drawn of them.
     record_experts: keep the experts of prompts, for `experts_of`.
   """
 
   def __init__(
     self,
-    read: Callable[[np.ndarray, np.ndarray], Prompts],
+    read: Callable[[np.ndarray, np.ndarray], PrefilledPrompts],
     at_once: int,
     buckets: Sequence[int],
     continued: Sequence[int],
@@ -66,7 +66,7 @@ class _Queue:
     if not fitting:
       raise ValueError(
         f"completion {completion.number} has {len(completion.prompt)} prompt tokens and {len(completion.tokens)} "
-        f"drawn; want at most {self._buckets[-1]} prompt tokens, and continues=True for completions that are begun."
+        f"drawn; want at most {self._buckets[-1]} prompt tokens, and resume=True for completions that are begun."
       )
     return fitting[0]
 

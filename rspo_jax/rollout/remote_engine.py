@@ -1,4 +1,4 @@
-"""F3: completions from an inference engine over HTTP: tokens in, tokens, log-probabilities and routed experts out.
+"""Completions from an inference engine over HTTP: tokens in, tokens, log-probabilities and routed experts out.
 
 The old log-probabilities and routing that an update uses come from our forward afterwards, as with our own sampler; how
 far the engine is from it is what `rspo_jax.objectives.mismatch` corrects.
@@ -95,7 +95,7 @@ def seeds_of(key: jax.Array, number: Sequence[int]) -> list[int]:
   return [int(np.random.SeedSequence([*words, int(one)]).generate_state(1)[0]) >> 1 for one in number]
 
 
-class OutsideEngine:
+class RemoteEngine:
   """Draws completions with an engine that serves the policy. Called as `continuous.ContinuousSampler` is.
 
   Every completion is a request of its own, with a seed made of key and number: its draw depends neither on the batch

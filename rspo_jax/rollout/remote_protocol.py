@@ -1,6 +1,6 @@
-"""F3: what is asked of an inference engine over HTTP, and what its answers mean: OpenAI's /v1/completions on token ids.
+"""What is asked of an inference engine over HTTP, and what its answers mean: OpenAI's /v1/completions on token ids.
 
-docs/outside_engine.md says which engines and versions answer so.
+docs/remote_engine.md says which engines and versions answer so.
 """
 
 import base64

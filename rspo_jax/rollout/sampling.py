@@ -1,4 +1,4 @@
-"""F2: draws completions from a policy: one prefill a prompt, shared by its samples, then jitted decoding."""
+"""Draws completions from a policy: one prefill a prompt, shared by its samples, then jitted decoding."""
 
 import dataclasses
 from typing import Any
@@ -24,7 +24,8 @@ class SamplingOptions:
     stop_ids: tokens that end a completion (and belong to it).
     record_experts: keep the experts every token was sampled with, in `Rollout.expert_index`.
     cache_sizes: in how many steps the cache of `sample` grows to all its slots. Decoding a token reads the whole cache:
-      with more sizes less is read, and one decode loop is compiled for each. `rspo_jax.rollout.continuous` keeps one size.
+      with more sizes less is read, and one decode loop is compiled for each. `rspo_jax.rollout.continuous` keeps one
+      size.
   """
 
   max_new_tokens: int
@@ -73,18 +74,18 @@ def truncated_log_prob(logits: Array, options: SamplingOptions) -> Array:
   return log_prob
 
 
-def keys_of(key: Array, number: Array) -> Array:
+def row_keys(key: Array, number: Array) -> Array:
   """The random keys [B] of completions whose numbers in the whole batch are [B] int32."""
   return jax.vmap(jax.random.fold_in, (None, 0))(key, number)
 
 
-def draw_tokens(
+def sample_tokens(
   policy: Policy, options: SamplingOptions, weights: Params, hidden: Array, keys: Array, step: Array
 ) -> tuple[Array, Array, Array]:
   """Draws the next token of every row.
 
   Args:
-    hidden: [B, D]. keys: [B], `keys_of` the rows. step: [B] int32 or [], tokens drawn before.
+    hidden: [B, D]. keys: [B], `row_keys` the rows. step: [B] int32 or [], tokens drawn before.
   Returns:
     token [B] int32; its log-probability [B] under what it was drawn from, and at temperature 1 without truncation.
   """
@@ -111,7 +112,7 @@ def _draw_one(key: Array, step: Array, log_prob: Array) -> Array:
   return jnp.min(jnp.where(scores >= jnp.max(scores) - 1e-5, token, scores.size - 1))
 
 
-def look_at_experts(options: SamplingOptions) -> Probe:
+def experts_probe(options: SamplingOptions) -> Probe:
   """The sampler's probe: the chosen experts if they are asked for, else nothing."""
   return lambda router, probe_inputs: record_experts(router, probe_inputs) if options.record_experts else ()
 
@@ -151,15 +152,15 @@ def sample(
   prompts, prompt_length = tokens.shape
   rows = prompts * samples
   stop_ids = jnp.asarray(options.stop_ids, jnp.int32)
-  keys = keys_of(key, first_row + jnp.arange(rows))
+  keys = row_keys(key, first_row + jnp.arange(rows))
 
   def repeat(leaf):
     return jnp.repeat(leaf, samples, axis=0) if leaf.ndim else leaf
 
   def draw(hidden, step):
-    return draw_tokens(policy, options, weights, hidden, keys, step)
+    return sample_tokens(policy, options, weights, hidden, keys, step)
 
-  look = look_at_experts(options)
+  look = experts_probe(options)
   weights = policy.for_decode(params, prompt_length + new)
   cache = policy.init_cache(prompts, prompt_length)
   hidden, prompt_experts, cache = policy.prefill(weights, tokens, valid, cache, probe=look)
@@ -207,7 +208,7 @@ def sample(
     carry = jax.lax.while_loop(
       lambda carry, end=end: (carry[0] < end) & (jnp.any(carry[2]) if may_stop else True), body, carry
     )
-  _, _, _, length, _, (completions, drawn_log_prob, raw_log_prob), experts = carry
+  _, _, _, length, _, (completions, sampler_log_prob, raw_log_prob), experts = carry
 
   chosen = jnp.arange(new) < length[:, None]
   ended = jnp.any(chosen & jnp.isin(completions, stop_ids), axis=1)
@@ -220,7 +221,7 @@ def sample(
     tokens=after_prompt(tokens, completions),
     valid=after_prompt(valid, chosen),
     action_mask=after_prompt(nothing, chosen),
-    sampler_log_prob=after_prompt(nothing, drawn_log_prob),
+    sampler_log_prob=after_prompt(nothing, sampler_log_prob),
     log_prob=after_prompt(nothing, raw_log_prob),
     finished=ended,
     expert_index=jnp.concatenate([by_slot[:, :-1], experts], axis=1) if options.record_experts else None,

@@ -1,4 +1,4 @@
-"""F1: keeping the experts evenly loaded: auxiliary losses, and a bias on the choice that needs no gradient.
+"""Keeping the experts evenly loaded: auxiliary losses, and a bias on the choice that needs no gradient.
 
 In RL all of them are off by default: they change the router, which is what router shift watches.
 """
@@ -20,7 +20,7 @@ class BalanceSums(NamedTuple):
   z: Array
 
 
-def watch_balance(mask_positions: Array) -> Probe:
+def balance_probe(mask_positions: Array) -> Probe:
   """A probe whose output, stacked over layers, is `BalanceSums` of the positions in the mask [B, T]."""
 
   def probe(router, probe_inputs):

@@ -1,4 +1,4 @@
-"""F1: router shift: how far the router moved since the rollout, and how much trust that leaves in a token.
+"""Router shift: how far the router moved since the rollout, and how much trust that leaves in a token.
 
     deviation of a layer  d[l, t]  how the router's view of the OLD experts changed (`DEVIATIONS`)
     of a token            D[t]     over layers (`LAYERS`), then per token or over the sequence (`LEVELS`)

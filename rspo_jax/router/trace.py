@@ -1,4 +1,4 @@
-"""F1: what the router did: recorded compactly, compared with what it does now, handed back to be replayed.
+"""What the router did: recorded compactly, compared with what it does now, handed back to be replayed.
 
 Positions and slots: a forward scores token t from position t - 1. Probes speak of positions, batches of slots
 (see `rspo_jax.types`); `to_slots` and `to_positions` are the only two moves between them.
@@ -84,7 +84,7 @@ def record_experts(router: RouterOutput, probe_inputs) -> Array:
   return router.expert_index.astype(index_dtype(router.logits.shape[-1]))
 
 
-def record_routing(router_log_prob: RouterLogProb, *, all_experts: bool = False, gates: bool = False) -> Probe:
+def trace_probe(router_log_prob: RouterLogProb, *, all_experts: bool = False, gates: bool = False) -> Probe:
   """A probe that keeps what router shift needs of each layer: 3 bytes per (token, k) for E <= 256, else 4.
 
   Args:
@@ -108,7 +108,7 @@ def record_routing(router_log_prob: RouterLogProb, *, all_experts: bool = False,
 
 
 def stack_trace(probed: RoutingTrace) -> RoutingTrace:
-  """What `record_routing` gave, [L, B, T, ...] by position -> the trace, [B, T, L, ...] by slot.
+  """What `trace_probe` gave, [L, B, T, ...] by position -> the trace, [B, T, L, ...] by slot.
 
   Slot 0 was scored by nothing; its entries are 0.
   """
@@ -121,13 +121,13 @@ def slots_to_layers(x: Array) -> Array:
   return to_positions(jnp.moveaxis(x, 2, 0), axis=2)
 
 
-def trace_for_probe(trace: RoutingTrace) -> RoutingTrace:
+def trace_probe_inputs(trace: RoutingTrace) -> RoutingTrace:
   """The way back: [L, B, T, ...] by position: `probe_inputs` of a forward."""
   chex.assert_rank(jax.tree.leaves(trace), 4)
   return jax.tree.map(slots_to_layers, trace)
 
 
-def replay_of(trace: RoutingTrace, *, gates: bool = False) -> Replay:
+def replay_from_trace(trace: RoutingTrace, *, gates: bool = False) -> Replay:
   """What `Policy.forward` is given to repeat the routing of a trace (by slot, [B, T, L, K]).
 
   The last position of a row scores no token and has no entry: it gets expert 0, and nothing depends on it.
@@ -138,7 +138,7 @@ def replay_of(trace: RoutingTrace, *, gates: bool = False) -> Replay:
     ValueError: gates are asked for and the trace has none.
   """
   if gates and trace.gate is None:
-    raise ValueError("the trace holds no gates to replay; record it with record_routing(..., gates=True).")
+    raise ValueError("the trace holds no gates to replay; record it with trace_probe(..., gates=True).")
   return Replay(slots_to_layers(trace.expert_index), slots_to_layers(trace.gate) if gates else None)
 
 
@@ -155,8 +155,8 @@ def _entropy(log_prob: Array, mask: Array) -> Array:
   return -jnp.sum(jnp.where(mask, jnp.sum(jnp.exp(log_prob) * log_prob, axis=-1), 0))
 
 
-def watch_routing(router_log_prob: RouterLogProb, mask_positions: Array, *, deviation: str = "abs") -> Probe:
-  """A probe that compares the live router with `trace_for_probe(trace)`, which it wants as probe_inputs.
+def drift_probe(router_log_prob: RouterLogProb, mask_positions: Array, *, deviation: str = "abs") -> Probe:
+  """A probe that compares the live router with `trace_probe_inputs(trace)`, which it wants as probe_inputs.
 
   Nothing it computes carries a gradient, so the backward pass keeps nothing for it. New log-probs are rounded
   as the recorded ones were: an unmoved router deviates by exactly 0. Where the layer replays experts, the overlap
@@ -169,14 +169,14 @@ def watch_routing(router_log_prob: RouterLogProb, mask_positions: Array, *, devi
   Returns:
     A probe whose output is `RoutingDrift`.
   Raises:
-    ValueError: in the probe, when it is given no probe_inputs; use `count_load` when there is no trace.
+    ValueError: in the probe, when it is given no probe_inputs; use `load_probe` when there is no trace.
   """
 
   def probe(router, probe_inputs):
     if probe_inputs is None:
       raise ValueError(
-        "watch_routing got probe_inputs=None; want trace_for_probe(trace). "
-        "Use count_load(mask_positions) when there is no trace."
+        "drift_probe got probe_inputs=None; want trace_probe_inputs(trace). "
+        "Use load_probe(mask_positions) when there is no trace."
       )
     log_prob = router_log_prob(jax.lax.stop_gradient(router.logits))
     old = probe_inputs
@@ -196,7 +196,7 @@ def watch_routing(router_log_prob: RouterLogProb, mask_positions: Array, *, devi
   return probe
 
 
-def count_load(router_log_prob: RouterLogProb, mask_positions: Array) -> Probe:
+def load_probe(router_log_prob: RouterLogProb, mask_positions: Array) -> Probe:
   """A probe for training without a trace: its output is `RoutingLoad`."""
 
   def probe(router, probe_inputs):

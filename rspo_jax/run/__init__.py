@@ -1,14 +1,7 @@
 """What a run leaves on disk: checkpoints, the claimed workdir, metrics, and the host's share of a checkpoint."""
 
-from rspo_jax.run.checkpoint import (
-  CheckpointError,
-  CheckpointMismatchError,
-  Checkpoints,
-  Restored,
-  abstract,
-  fingerprints,
-)
-from rspo_jax.run.host_state import RunState, abstract, bundle, unbundle
+from rspo_jax.run.checkpoint import CheckpointError, CheckpointMismatchError, Checkpoints, Restored, fingerprints
+from rspo_jax.run.host_state import RunState, bundle, unbundle
 from rspo_jax.run.metrics import (
   METRICS,
   PATTERNS,
@@ -21,17 +14,15 @@ from rspo_jax.run.metrics import (
 from rspo_jax.run.workdir import claim_workdir, dump_json_atomic, lock_workdir, to_plain_json, write_text_atomic
 
 __all__ = [
+  "METRICS",
+  "PATTERNS",
+  "TIMING_PREFIXES",
   "CheckpointError",
   "CheckpointMismatchError",
   "Checkpoints",
-  "METRICS",
   "MetricsWriter",
-  "PATTERNS",
   "Restored",
   "RunState",
-  "TIMING_PREFIXES",
-  "abstract",
-  "abstract",
   "bundle",
   "claim_workdir",
   "deterministic",

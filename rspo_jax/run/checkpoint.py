@@ -1,4 +1,4 @@
-"""F3: checkpoints that survive a kill at any moment.
+"""Checkpoints that survive a kill at any moment.
 
 A step is `workdir/checkpoints/<step>/`, one Orbax checkpoint. Orbax writes it under a temporary name and
 renames it when it is whole, so a folder with a plain step number is complete. Disks still lose and flip bits
@@ -192,9 +192,9 @@ class Checkpoints:
       except Exception as error:
         _log.warning("loading %s failed, attempt %d of 2", path, attempt, exc_info=True)
         failure = error
-    why = f"{type(failure).__name__}: {_first_line(failure)}"
+    reason = f"{type(failure).__name__}: {_first_line(failure)}"
     raise CheckpointError(
-      f"checkpoint {path} cannot be read ({why}). To continue from an older step, move that folder out of "
+      f"checkpoint {path} cannot be read ({reason}). To continue from an older step, move that folder out of "
       f"{self._folder}; with none left, use a fresh --workdir."
     ) from failure
 

@@ -1,4 +1,4 @@
-"""F4: what a checkpoint of a run holds: its train state and, where something is carried over, arrays of the host."""
+"""What a checkpoint of a run holds: its train state and, where something is carried over, arrays of the host."""
 
 import io
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""F3: the documented metric names, and the files they are written to.
+"""The documented metric names, and the files they are written to.
 
 A run writes `metrics.jsonl`, one JSON object a line: phase, step, time (seconds since 1970), then metrics by
 name. It is the record: after a restart it goes on as if never interrupted. TensorBoard events are made from
@@ -110,7 +110,7 @@ METRICS: dict[str, str] = {
 PATTERNS: dict[str, str] = {
   "eval/<benchmark>/avg": "Success of sampled completions of a benchmark, mean over problems and samples, 0 to 1.",
   "eval/<benchmark>/greedy": "Success of the greedy completions of a benchmark, 0 to 1.",
-  "reward/why/<reason>": "Share of the completions that the reward gave this reason for, 0 to 1.",
+  "reward/reason/<reason>": "Share of the completions that the reward gave this reason for, 0 to 1.",
 }
 
 TIMING_PREFIXES = ("seconds/", "speed/", "memory/")

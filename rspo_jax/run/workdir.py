@@ -1,4 +1,4 @@
-"""F3: the claim a run lays on its workdir, and files that are never met half written."""
+"""The claim a run lays on its workdir, and files that are never met half written."""
 
 import fcntl
 import json

@@ -1,1 +1,3 @@
-"""Problems that are made here, their answers and checkers, and what finds the final answer in a text. Knows no model."""
+"""Problems that are made here, their answers and checkers, and what finds the final answer in a text. Knows no
+model.
+"""

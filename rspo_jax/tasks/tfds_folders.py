@@ -1,4 +1,4 @@
-"""F3: data sets that are made here, kept in folders by TFDS: written as array_record files, read without TensorFlow."""
+"""Data sets that are made here, kept in folders by TFDS: written as array_record files, read without TensorFlow."""
 
 import contextlib
 import fcntl

@@ -3,4 +3,4 @@
 from rspo_jax.tokenization.basic import UNKNOWN, ByteTokenizer, CharTokenizer, Tokenizer, pad_left
 from rspo_jax.tokenization.hf import HFTokenizer, load_tokenizer
 
-__all__ = ["ByteTokenizer", "CharTokenizer", "HFTokenizer", "Tokenizer", "UNKNOWN", "load_tokenizer", "pad_left"]
+__all__ = ["UNKNOWN", "ByteTokenizer", "CharTokenizer", "HFTokenizer", "Tokenizer", "load_tokenizer", "pad_left"]

@@ -1,4 +1,4 @@
-"""F3: text to token ids and back.
+"""Text to token ids and back.
 
 `Tokenizer` is all that the project asks of a tokenizer. `CharTokenizer` fills it in for synthetic tasks,
 `ByteTokenizer` for any text without a vocabulary file, `hf_tokenizer.load_tokenizer` for published checkpoints.

@@ -1,4 +1,4 @@
-"""F3: chat templates of published checkpoints, rendered as transformers does, without it.
+"""Chat templates of published checkpoints, rendered as transformers does, without it.
 
 Where `read_templates` looks in a folder; the first place that has any counts:
 

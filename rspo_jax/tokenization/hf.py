@@ -1,4 +1,4 @@
-"""F3: tokenizers and chat templates of published checkpoints, read from their files. No torch, no transformers.
+"""Tokenizers and chat templates of published checkpoints, read from their files. No torch, no transformers.
 
 What `load_tokenizer` reads from a folder:
 

@@ -3,7 +3,13 @@
 All functions are pure and meant to be jitted over a mesh. Where the tokens come from is `rspo_jax.rollout`'s business.
 """
 
-from rspo_jax.training.attribution import GROUP_NAMES, GROUPS, make_gradient_noise, make_replay_probe, module_group
+from rspo_jax.training.attribution import (
+  GROUP_NAMES,
+  GROUPS,
+  make_gradient_noise,
+  make_replay_attribution,
+  module_group,
+)
 from rspo_jax.training.diagnostics import (
   RouterSums,
   TokenStatistics,
@@ -13,7 +19,7 @@ from rspo_jax.training.diagnostics import (
   router_metrics,
   token_metrics,
 )
-from rspo_jax.training.loss import REPLAYS, Normalisers, Pieces, UpdateOptions, make_loss, normalisers
+from rspo_jax.training.loss import REPLAYS, LossAux, Normalisers, UpdateOptions, make_loss, normalisers
 from rspo_jax.training.minibatches import join_rows, split_rows
 from rspo_jax.training.parameters import ROUTER, freeze, matches, path_name, scale_updates, stop_gradients
 from rspo_jax.training.scoring import Scores, score, token_log_prob
@@ -30,10 +36,10 @@ from rspo_jax.training.train_step import (
 __all__ = [
   "GROUPS",
   "GROUP_NAMES",
-  "Normalisers",
-  "Pieces",
   "REPLAYS",
   "ROUTER",
+  "LossAux",
+  "Normalisers",
   "RouterSums",
   "Scores",
   "Step",
@@ -49,7 +55,7 @@ __all__ = [
   "load_metrics",
   "make_gradient_noise",
   "make_loss",
-  "make_replay_probe",
+  "make_replay_attribution",
   "make_supervised_step",
   "make_train_step",
   "matches",

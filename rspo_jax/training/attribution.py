@@ -1,4 +1,4 @@
-"""F2: diagnostics too costly for every update: pure functions of parameters and a batch, run now and then.
+"""Diagnostics too costly for every update: pure functions of parameters and a batch, run now and then.
 
 Both answer questions that RSPO's reviewers asked: does router shift lower the variance of the gradient, and is the
 router the cause of the importance ratios at all?
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rspo_jax.router.trace import replay_of
+from rspo_jax.router.trace import replay_from_trace
 from rspo_jax.training.loss import UpdateOptions, make_loss, normalisers
 from rspo_jax.training.minibatches import split_rows
 from rspo_jax.training.parameters import path_name
@@ -74,7 +74,7 @@ def make_gradient_noise(policy: Policy, options: UpdateOptions, pieces: int) -> 
   return measure
 
 
-def make_replay_probe(policy: Policy, *, logits_chunk: int = 128) -> Callable[..., dict[str, Array]]:
+def make_replay_attribution(policy: Policy, *, logits_chunk: int = 128) -> Callable[..., dict[str, Array]]:
   """Which share of the squared log-ratio routing explains, so that the router is not blamed unheard.
 
   The batch is scored as it is, once more with the experts of its old trace pinned (their gates live), and, if the trace
@@ -98,7 +98,7 @@ def make_replay_probe(policy: Policy, *, logits_chunk: int = 128) -> Callable[..
     whole = square(params, batch, None)
 
     def share(gates: bool) -> Array:
-      pinned = square(params, batch, replay_of(batch.old_routing, gates=gates))
+      pinned = square(params, batch, replay_from_trace(batch.old_routing, gates=gates))
       return jnp.where(whole > 0, 1 - pinned / jnp.where(whole > 0, whole, 1), 0)
 
     shares = {"replay/log_ratio_square": whole, "replay/experts_share": share(False)}

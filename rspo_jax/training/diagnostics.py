@@ -1,4 +1,4 @@
-"""F1: what an update tells about itself: importance ratios, clipping, router shift, expert load."""
+"""What an update tells about itself: importance ratios, clipping, router shift, expert load."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,9 +14,9 @@ from rspo_jax.types import Array, Weighted
 class TokenStatistics(NamedTuple):
   """Per token, [B, T], slot-aligned.
 
-  log_prob, entropy, log_ratio: nats. clipped_low, clipped_high, stopped: see `rspo_jax.objectives.terms.Terms`. deviation: of the
-  router, over layers; log_shift = log gamma, nats; both None if unwatched. kl: to the reference, nats; mismatch_weight:
-  see `rspo_jax.objectives.mismatch`; None where they are off.
+  log_prob, entropy, log_ratio: nats. clipped_low, clipped_high, stopped: see `rspo_jax.objectives.terms.Terms`.
+  deviation: of the router, over layers; log_shift = log gamma, nats; both None if unwatched. kl: to the reference,
+  nats; mismatch_weight: see `rspo_jax.objectives.mismatch`; None where they are off.
   """
 
   log_prob: Array
@@ -24,7 +24,7 @@ class TokenStatistics(NamedTuple):
   log_ratio: Array
   clipped_low: Array
   clipped_high: Array
-  stopped: Array
+  grad_clipped: Array
   deviation: Array | None = None
   log_shift: Array | None = None
   kl: Array | None = None
@@ -69,7 +69,7 @@ def token_metrics(tokens: TokenStatistics, mask: Array) -> dict[str, Array]:
     "ratio/ess": effective_sample_size(tokens.log_ratio, mask),
     "clip/low": mean(tokens.clipped_low),
     "clip/high": mean(tokens.clipped_high),
-    "clip/effective": mean(tokens.stopped),
+    "clip/effective": mean(tokens.grad_clipped),
     "kl/approx": approx_kl(tokens.log_ratio, mask).mean,
   }
   if tokens.log_shift is not None:

@@ -16,7 +16,7 @@ from rspo_jax.objectives.sequence_level import gmpo
 from rspo_jax.objectives.terms import Objective
 from rspo_jax.router import balance
 from rspo_jax.router.shift import ShiftOptions, combine_deviation, router_log_shift
-from rspo_jax.router.trace import count_load, replay_of, to_positions, to_slots, trace_for_probe, watch_routing
+from rspo_jax.router.trace import drift_probe, load_probe, replay_from_trace, to_positions, to_slots, trace_probe_inputs
 from rspo_jax.training.diagnostics import RouterSums, TokenStatistics
 from rspo_jax.training.minibatches import split_rows
 from rspo_jax.training.parameters import stop_gradients
@@ -31,8 +31,8 @@ class UpdateOptions:
   """What an update optimises, and in how many pieces.
 
   Attributes:
-    objective: a function of `rspo_jax.objectives.token_level` or `rspo_jax.objectives.sequence_level`; bind its options (clip
-      bounds, ...) with functools.partial. The placement of router shift is bound from `shift`.
+    objective: a function of `rspo_jax.objectives.token_level` or `rspo_jax.objectives.sequence_level`; bind its
+      options (clip bounds, ...) with functools.partial. The placement of router shift is bound from `shift`.
     aggregation, norm_length: how tokens and rows are averaged, see `rspo_jax.objectives.aggregation.aggregate`.
     shift: router shift, or None to take no notice of the routing trace: the base objective.
     replay: "none"; "experts", every token keeps the experts of its trace (routing replay) under the live router's
@@ -78,11 +78,11 @@ class UpdateOptions:
       raise ValueError(f"microbatches is {self.microbatches} and logits_chunk {self.logits_chunk}; both start at 1.")
 
   @property
-  def watches_balance(self) -> bool:
+  def uses_balance_losses(self) -> bool:
     return bool(self.load_balance_coefficient or self.router_z_coefficient)
 
 
-class Pieces(NamedTuple):
+class LossAux(NamedTuple):
   """What a loss hands out beside its value. rows: arrays [b, ...] of the microbatch's rows, put together again; sums:
   arrays that add up over microbatches and devices."""
 
@@ -103,7 +103,7 @@ class Normalisers(NamedTuple):
   floor: float | Array | None
 
 
-def make_loss(policy: Policy, options: UpdateOptions) -> Callable[..., tuple[Array, Pieces]]:
+def make_loss(policy: Policy, options: UpdateOptions) -> Callable[..., tuple[Array, LossAux]]:
   """The loss of one piece of a minibatch: (params, batch, Normalisers) -> (loss [], Pieces).
 
   The losses of all pieces, and their gradients, add up to those of the minibatch. Raises ValueError where the batch
@@ -118,7 +118,7 @@ def make_loss(policy: Policy, options: UpdateOptions) -> Callable[..., tuple[Arr
     values = jnp.where(mask, values, 0)
     return aggregate(values, mask, options.aggregation, norm_length=options.norm_length).total / norms.weight
 
-  def loss(params: Params, batch: TrainBatch, norms: Normalisers) -> tuple[Array, Pieces]:
+  def loss(params: Params, batch: TrainBatch, norms: Normalisers) -> tuple[Array, LossAux]:
     mask = batch.action_mask
     params = stop_gradients(params, options.frozen)
     hidden, by_layer, router, load = _watched_forward(policy, params, batch, options)
@@ -140,7 +140,7 @@ def make_loss(policy: Policy, options: UpdateOptions) -> Callable[..., tuple[Arr
       kl = penalties.kl(log_prob, batch.reference_log_prob, options.kl_estimator)
       gain -= options.kl_coefficient * mean_of(kl, mask, norms)
     losses = {}
-    if options.watches_balance:
+    if options.uses_balance_losses:
       choices = load.choices if norms.choices is None else norms.choices
       losses = {
         "loss/load_balance": balance.load_balance_loss(load.probability, choices, norms.tokens),
@@ -154,13 +154,13 @@ def make_loss(policy: Policy, options: UpdateOptions) -> Callable[..., tuple[Arr
       log_ratio,
       terms.clipped_low,
       terms.clipped_high,
-      terms.stopped,
+      terms.grad_clipped,
       deviation,
       log_shift,
       kl,
       weight,
     )
-    return -gain, Pieces(*jax.lax.stop_gradient((seen, (router, losses))))
+    return -gain, LossAux(*jax.lax.stop_gradient((seen, (router, losses))))
 
   return loss
 
@@ -185,7 +185,7 @@ def normalisers(
   weight = jnp.maximum(everywhere(aggregation_weight(batch.action_mask, options.aggregation)), 1)
   tokens = jnp.maximum(everywhere(batch.valid.sum()), 1)
   choices = None
-  if options.watches_balance and (pieces > 1 or axis_name is not None):
+  if options.uses_balance_losses and (pieces > 1 or axis_name is not None):
     count = lambda part: _watched_forward(policy, state.params, part, options)[3].choices  # noqa: E731
     choices = everywhere(jax.lax.map(count, split_rows(batch, pieces)).sum(axis=0))
   return Normalisers(weight, tokens, choices, None if options.shift is None else options.shift.floor_at(state.step))
@@ -209,24 +209,24 @@ def _check_batch(batch: TrainBatch, options: UpdateOptions) -> None:
 def _watched_forward(policy: Policy, params: Params, batch: TrainBatch, options: UpdateOptions):
   """One training forward: (hidden, deviation by layer [L, B, T] by slot or None, RouterSums, BalanceSums or None)."""
   at = to_positions(batch.action_mask)
-  watched = options.shift is not None
-  if watched:
-    watch = watch_routing(policy.router_log_prob, at, deviation=options.shift.deviation)
+  tracked = options.shift is not None
+  if tracked:
+    watch = drift_probe(policy.router_log_prob, at, deviation=options.shift.deviation)
   else:
-    watch = count_load(policy.router_log_prob, at)
-  load = balance.watch_balance(batch.valid) if options.watches_balance else lambda router, probe_inputs: None
+    watch = load_probe(policy.router_log_prob, at)
+  load = balance.balance_probe(batch.valid) if options.uses_balance_losses else lambda router, probe_inputs: None
   replay = None
   if options.replay != "none":
-    replay = replay_of(batch.old_routing, gates=options.replay == "experts_and_gates")
+    replay = replay_from_trace(batch.old_routing, gates=options.replay == "experts_and_gates")
   hidden, (seen, balanced) = policy.forward(
     params,
     batch.tokens,
     batch.valid,
     probe=lambda router, probe_inputs: (watch(router, probe_inputs), load(router, probe_inputs)),
-    probe_inputs=trace_for_probe(batch.old_routing.replace(gate=None)) if watched else None,
+    probe_inputs=trace_probe_inputs(batch.old_routing.replace(gate=None)) if tracked else None,
     replay=replay,
   )
-  if not watched:
+  if not tracked:
     return hidden, None, RouterSums(seen.load, seen.entropy), balanced
   by_layer = to_slots(seen.deviation, axis=2)
   total = jnp.sum(jnp.where(batch.action_mask, by_layer, 0), axis=(1, 2))

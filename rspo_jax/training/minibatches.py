@@ -1,4 +1,4 @@
-"""F1: cutting a batch into equal pieces, and putting per-row results together again."""
+"""Cutting a batch into equal pieces, and putting per-row results together again."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""F1: choosing parameters by their path: what is frozen, what learns at another rate.
+"""Choosing parameters by their path: what is frozen, what learns at another rate.
 
 A path is the keys from the root joined by "/", such as "layers_0/moe/router". A pattern is a regular expression that
 has to match some part of it.

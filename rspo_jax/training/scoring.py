@@ -1,4 +1,4 @@
-"""F2: log-probabilities, entropies and the routing trace of given tokens, from one training forward."""
+"""Log-probabilities, entropies and the routing trace of given tokens, from one training forward."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rspo_jax.router.trace import record_routing, slots_to_layers, stack_trace, to_positions, to_slots
+from rspo_jax.router.trace import slots_to_layers, stack_trace, to_positions, to_slots, trace_probe
 from rspo_jax.training.minibatches import join_rows, split_rows
 from rspo_jax.types import Array, Params, Policy, Replay, RoutingTrace
 
@@ -80,11 +80,11 @@ def score(
     tokens: [B, T] int32; valid: [B, T] bool.
     expert_index: [B, T, L, K], slot-aligned, experts to score with instead of the router's own choice: those of the
       sampler (`Rollout.expert_index`) make it rollout routing replay (R3, arXiv 2510.11370).
-    all_experts, gates: what else the trace keeps, see `rspo_jax.router.trace.record_routing`.
+    all_experts, gates: what else the trace keeps, see `rspo_jax.router.trace.trace_probe`.
     microbatches: pieces scored one after the other, to save memory.
     chunk: positions whose logits are held at once.
   """
-  probe = record_routing(policy.router_log_prob, all_experts=all_experts, gates=gates)
+  probe = trace_probe(policy.router_log_prob, all_experts=all_experts, gates=gates)
 
   def score_piece(piece):
     tokens, valid, expert_index = piece

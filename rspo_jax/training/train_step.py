@@ -1,4 +1,4 @@
-"""F2: one update as a pure function (state, batch) -> (state, metrics), for jit over a mesh or for pmap."""
+"""One update as a pure function (state, batch) -> (state, metrics), for jit over a mesh or for pmap."""
 
 import functools
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import optax
 
 from rspo_jax.masked import masked_mean
 from rspo_jax.router import balance
-from rspo_jax.router.trace import count_load, to_positions
+from rspo_jax.router.trace import load_probe, to_positions
 from rspo_jax.training import diagnostics
-from rspo_jax.training.loss import Pieces, UpdateOptions, make_loss, normalisers
+from rspo_jax.training.loss import LossAux, UpdateOptions, make_loss, normalisers
 from rspo_jax.training.minibatches import join_rows, split_rows
 from rspo_jax.training.scoring import token_log_prob
 from rspo_jax.types import Array, Layout, Params, Policy, TrainBatch, TrainState
@@ -26,12 +26,12 @@ def skip_nonfinite(optimizer: optax.GradientTransformation) -> optax.GradientTra
 
 def _gradient_step(
   optimizer: optax.GradientTransformation,
-  loss: Callable[[Params, TrainBatch], tuple[Array, Pieces]],
+  loss: Callable[[Params, TrainBatch], tuple[Array, LossAux]],
   state: TrainState,
   batch: TrainBatch,
   microbatches: int,
   axis_name: str | None,
-) -> tuple[TrainState, Array, Pieces, Array]:
+) -> tuple[TrainState, Array, LossAux, Array]:
   """Sums the gradient of `loss` over microbatches (and over `axis_name`) and takes one optimizer step.
 
   Returns (new state, loss, pieces of the whole minibatch, gradient norm).
@@ -49,10 +49,10 @@ def _gradient_step(
     shapes = jax.eval_shape(differentiate, state.params, jax.tree.map(lambda leaf: leaf[0], parts))
     (value, pieces), gradient = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (value, sums, gradient), rows = jax.lax.scan(accumulate, (value, pieces.sums, gradient), parts)
-    pieces = Pieces(join_rows(rows), sums)
+    pieces = LossAux(join_rows(rows), sums)
   if axis_name is not None:
     value, sums, gradient = jax.lax.psum((value, pieces.sums, gradient), axis_name)
-    pieces = Pieces(jax.lax.all_gather(pieces.rows, axis_name, tiled=True), sums)
+    pieces = LossAux(jax.lax.all_gather(pieces.rows, axis_name, tiled=True), sums)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   new_state = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
@@ -124,7 +124,7 @@ def make_supervised_step(
       hidden, router = policy.forward(params, part.tokens, part.valid, probe=_load_probe(policy, part))
       log_prob, _ = token_log_prob(policy, params, hidden, part.tokens, chunk=logits_chunk)
       total = masked_mean(log_prob, part.action_mask).total
-      return -total / weight, Pieces((), router)
+      return -total / weight, LossAux((), router)
 
     state, value, pieces, norm = _gradient_step(optimizer, loss, state, batch, microbatches, axis_name)
     return state, {
@@ -156,7 +156,7 @@ def pmap_step(step: Step, devices: list[jax.Device] | None = None) -> Step:
 
 
 def _load_probe(policy: Policy, batch: TrainBatch):
-  return count_load(policy.router_log_prob, to_positions(batch.action_mask))
+  return load_probe(policy.router_log_prob, to_positions(batch.action_mask))
 
 
 def _skips(opt_state: optax.OptState) -> Array | int:

@@ -50,7 +50,7 @@ def test_what_is_read_is_what_was_made(folder):
       assert example.prompt == prompt_text(example.gold)
       assert example.metadata == {"operators": "+-*/"}
       assert check(example.demonstration, example.gold).right
-      assert check(example.wrong_demonstration, example.gold).why == "wrong value"
+      assert check(example.wrong_demonstration, example.gold).reason == "wrong value"
   keys = [{example.gold.key for example in splits[name].examples} for name in ("train", "test")]
   assert not keys[0] & keys[1]
   assert [len(k) for k in keys] == [120, 40]
@@ -78,7 +78,8 @@ def test_operators_in_any_order_are_one_data_set():
 
 def test_two_processes_that_prepare_at_once_both_read_the_whole(tmp_path):
   code = (
-    "import sys; from rspo_jax.data.datasets import load_countdown; s = load_countdown(sys.argv[1], train=300, test=30);"
+    "import sys; from rspo_jax.data.datasets import load_countdown;"
+    "s = load_countdown(sys.argv[1], train=300, test=30);"
     "print(len(s['train']), len(s['test']), s['test'][7].prompt, any(m.startswith('tensorflow.') for m in sys.modules))"
   )
   command = [sys.executable, "-c", code, str(tmp_path)]

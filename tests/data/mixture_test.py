@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from rspo_jax.data.datasets import DATASETS, load_mixture
-from rspo_jax.data.examples import Example, Split, batches, walk
+from rspo_jax.data.examples import Example, Split, batches, index_stream
 
 FILES = {"name": "files", "options": {"prompt": "q", "gold": "a"}}
 
@@ -44,7 +44,7 @@ def files(weight=1.0, **options):
 )
 def test_among_any_first_n_the_shares_are_the_weights_but_for_one_example(weights):
   split = mixed(dict.fromkeys(weights, 300), weights)
-  order, counts = walk(split, 1), Counter()
+  order, counts = index_stream(split, 1), Counter()
   total = sum(weights.values())
   for n in range(1, 401):
     counts[split[order[n - 1]].source] += 1

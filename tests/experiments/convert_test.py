@@ -14,7 +14,7 @@ from models import lora
 from models.config import LoraConfig
 from models.huggingface.adapter import save_adapter
 from models.huggingface.checkpoint import DTYPES, load_pretrained
-from models.huggingface.known_configs import published_config
+from models.huggingface.known_configs import known_config
 from models.huggingface.tensor_map import params_to_hf
 from tests.support import hf_cases
 
@@ -84,11 +84,11 @@ def test_merging_an_adapter_gives_the_weights_that_the_library_gives(tmp_path):
 
 @pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "gpt-oss-20b", "DeepSeek-V2-Lite"])
 def test_the_parts_add_up_to_the_model_and_active_ones_are_as_the_name_says(name):
-  found = convert.sizes(published_config(name))
+  found = convert.sizes(known_config(name))
   parts = [count for part, count in found.items() if part not in ("total", "active")]
   assert sum(parts) == found["total"]
   # As published: 3.3 billion; without the embedding 3.6 and 2.4 billion.
-  without = 0 if name.startswith("Qwen3") else published_config(name).vocab_size * published_config(name).hidden_size
+  without = 0 if name.startswith("Qwen3") else known_config(name).vocab_size * known_config(name).hidden_size
   wanted = {"Qwen3-30B-A3B": 3.3, "gpt-oss-20b": 3.6, "DeepSeek-V2-Lite": 2.4}
   assert abs((found["active"] - without) / 1e9 - wanted[name]) < 0.06
 
@@ -120,7 +120,7 @@ def test_mistakes_end_with_the_place_and_the_cure(tmp_path):
 def test_a_run_begins_with_pretrained_weights_and_fresh_adapters(tmp_path):
   from experiments.config import ExperimentConfig, OptimizerConfig, RuntimeConfig
   from experiments.setup.build import build
-  from experiments.setup.optimizer import make_optimizer, never_trained
+  from experiments.setup.optimizer import make_optimizer, untrained_patterns
 
   made = source(tmp_path / "hf", "qwen3_moe", "float32")
   model = dataclasses.replace(model_files.read_model(made), lora=LoraConfig(2, targets=("attention/query$",)))
@@ -130,7 +130,7 @@ def test_a_run_begins_with_pretrained_weights_and_fresh_adapters(tmp_path):
   )
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=str(tmp_path), options=data))
   parts = build(config)
-  optimizer, _ = make_optimizer(OptimizerConfig(), 10, frozen=never_trained(model))
+  optimizer, _ = make_optimizer(OptimizerConfig(), 10, frozen=untrained_patterns(model))
   state = model_files.initial_state(parts, optimizer)
   _, params = load_pretrained(made)
   attention = state.params["layers_0"]["attention"]

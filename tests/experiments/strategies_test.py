@@ -10,7 +10,7 @@ from experiments.setup.build import build
 from experiments.setup.config_flags import read_config
 from rspo_jax.rewards.base import RewardResult
 from rspo_jax.rl_step import build_rl
-from rspo_jax.rollout.collector import Rollouts
+from rspo_jax.rollout.collector import Collector
 from rspo_jax.run.metrics import is_known
 from rspo_jax.training.state import init_state
 from tests.support.configs import SETTINGS, changed
@@ -93,19 +93,19 @@ def test_dynamic_sampling_trains_on_groups_whose_rewards_differ(tmp_path_factory
 
   def reward(text, example):
     """Alike within a group but for one prompt in four, so that a batch alone never suffices."""
-    useful = sum(map(ord, example.prompt)) % 4 == 0
-    seen.append(useful)
-    return RewardResult(float(len(seen) % 2) * 2 if useful else 0.0, False, True)
+    has_signal = sum(map(ord, example.prompt)) % 4 == 0
+    seen.append(has_signal)
+    return RewardResult(float(len(seen) % 2) * 2 if has_signal else 0.0, False, True)
 
-  sample = Rollouts(parts._replace(reward=reward))
+  sample = Collector(parts._replace(reward=reward))
   state_params = jax.jit(parts.policy.init)(jax.random.key(0))
   sampled = sample(state_params, 0)
   size = parts.config.rl.samples_per_prompt
-  useful = np.array(seen).reshape(-1, size)[:, 0].sum()
+  has_signal = np.array(seen).reshape(-1, size)[:, 0].sum()
   groups = (sampled.reward > 0).reshape(-1, size)  # 2 less an overlong penalty of at most 1
   spread = (groups.max(1) > groups.min(1)).sum()
   assert sampled.metrics["groups/sampled"] > 1 and spread > 0
-  assert spread == min(useful, parts.config.rl.prompts)
+  assert spread == min(has_signal, parts.config.rl.prompts)
   # Rows and rewards moved together: every kept row's tokens are those of one sampled prompt, its group's.
   tokens, valid = np.asarray(sampled.rollout.tokens), np.asarray(sampled.rollout.valid)
   prompts = np.where(valid, tokens, -1)[:, : parts.prompt_length].reshape(len(groups), size, -1)

@@ -91,7 +91,7 @@ def test_a_run_leaves_everything_the_readme_promises(reference):
   rows = read_metrics(workdir / "metrics.jsonl")
   assert [row["step"] for row in rows if row["phase"] == "warm_start"] == [1, 2, 3, 4]
   written = set().union(*rows) - {"phase", "step", "time"}
-  reasons = {name for name in written if name.startswith("reward/why/")}
+  reasons = {name for name in written if name.startswith("reward/reason/")}
   assert reasons and written - reasons - {"memory/peak_bytes"} == set(METRICS) - {"memory/peak_bytes"}
 
 

@@ -132,7 +132,7 @@ def test_settings_that_cannot_work_together_are_refused(tmp_path_factory, keys, 
 
 
 def test_the_flags_of_the_document_exist():
-  text = (DOCS / "outside_engine.md").read_text()
+  text = (DOCS / "remote_engine.md").read_text()
   flags = re.findall(FLAG, text)
   assert len(flags) >= 8
   for path, _ in flags:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from models.huggingface.known_configs import PUBLISHED, published_config
+from models.huggingface.known_configs import PUBLISHED, known_config
 from models.huggingface.tensor_map import tensor_map
 from models.policy import build_policy
 
@@ -21,7 +21,7 @@ TOTALS = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_policy_has_the_arrays_that_the_checkpoint_fills(name):
-  config = published_config(name)
+  config = known_config(name)
   shapes = jax.eval_shape(build_policy(config).init, jax.random.key(0))
   total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
   from_tensors = sum(int(np.prod(slots[0].shape)) for slots in tensor_map(config).values())
@@ -32,15 +32,15 @@ def test_the_policy_has_the_arrays_that_the_checkpoint_fills(name):
 
 def test_parameter_counts_of_the_others_are_the_published_ones_to_the_digits_given():
   def total(name):
-    shapes = jax.eval_shape(build_policy(published_config(name)).init, jax.random.key(0))
+    shapes = jax.eval_shape(build_policy(known_config(name)).init, jax.random.key(0))
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
 
   assert round(total("gpt-oss-20b") / 1e9, 2) == 20.91
-  moonlight = published_config("Moonlight-16B-A3B")
+  moonlight = known_config("Moonlight-16B-A3B")
   embeddings = 2 * moonlight.vocab_size * moonlight.hidden_size
   assert round((total("Moonlight-16B-A3B") - embeddings) / 1e9, 2) == 15.29
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
   with pytest.raises(ValueError, match=r"Qwen3-30B-A3B.*gpt-oss-20b"):
-    published_config("Qwen9")
+    known_config("Qwen9")

@@ -73,7 +73,7 @@ def test_router_shift_before_gspos_narrow_clip_silences_negative_sequences_and_f
 
 def test_a_trust_within_gspos_window_silences_nothing():
   terms, gradient = row(gspo, [0.0, 0.0], -1.0, log_shift=math.log(0.9998), placement="before_clip")
-  assert not terms.stopped.any() and gradient.all()
+  assert not terms.grad_clipped.any() and gradient.all()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_gmpo_clips_tokens_inside_the_geometric_mean_by_hand(log_ratio, advantag
   np.testing.assert_allclose(terms.objective, [want] * 2, rtol=1e-6)
   assert terms.clipped_low.tolist() == low
   assert terms.clipped_high.tolist() == high
-  np.testing.assert_allclose(gradient, want / 2 * ~terms.stopped, rtol=1e-6)
+  np.testing.assert_allclose(gradient, want / 2 * ~terms.grad_clipped, rtol=1e-6)
 
 
 def test_gmpos_two_conventions_differ_in_the_bound_of_negative_sequences():
@@ -223,7 +223,7 @@ def test_an_open_bound_never_clips():
   for objective, eps_low in ((gspo, 1.0), (gmpo, math.inf), (rloo, 1.0)):
     for q, advantage in ((-20.0, -1.0), (9.0, 1.0)):
       terms, _ = row(objective, [q], advantage, eps_low=eps_low, eps_high=math.inf)
-      assert not (terms.clipped_low | terms.clipped_high | terms.stopped).any()
+      assert not (terms.clipped_low | terms.clipped_high | terms.grad_clipped).any()
       np.testing.assert_allclose(terms.objective, advantage * math.exp(q), rtol=1e-5)
 
 

@@ -52,7 +52,7 @@ def test_gradients_match_finite_differences_in_float64():
         for shift in SHIFTS:
           if name in CONSTANT_WEIGHT:
             terms = analytic[name][shift][0]
-            values = terms.objective * jnp.where(terms.stopped, 1, jnp.exp(q - log_ratio))
+            values = terms.objective * jnp.where(terms.grad_clipped, 1, jnp.exp(q - log_ratio))
           else:
             values = objective(q, advantage, mask, **shift_options(shift, log_shift)).objective
           for mode in AGGREGATIONS:
@@ -194,7 +194,7 @@ def test_at_ratio_one_all_objectives_are_the_policy_gradient():
     terms, modes = shifts["no_shift"]
     scale = 2 / np.where(value > 0, 1, 1.05) if name == "sapo" else 1
     np.testing.assert_allclose(terms.objective, value * scale, rtol=1e-6, err_msg=name)
-    assert not (terms.clipped_low | terms.clipped_high | terms.stopped).any()
+    assert not (terms.clipped_low | terms.clipped_high | terms.grad_clipped).any()
     steps = length if name == "rloo_sequence" else 1
     np.testing.assert_allclose(modes["seq_mean_token_mean"][1], value / length * steps, rtol=1e-6, err_msg=name)
     np.testing.assert_allclose(modes["token_mean"][1], value * steps, rtol=1e-6, err_msg=name)
@@ -220,12 +220,12 @@ def test_stopped_stands_exactly_where_a_bound_removes_the_gradient(tokens, advan
   q, mask = np.pad(np.asarray(tokens, np.float32), (0, fill))[None], np.arange(COLUMNS)[None] < len(tokens)
   for name, (terms, gradient) in terms_and_gradients(q, np.asarray([advantage], np.float32), mask).items():
     live = mask & (advantage != 0)
-    np.testing.assert_array_equal(terms.stopped, live & (gradient == 0), err_msg=name)
+    np.testing.assert_array_equal(terms.grad_clipped, live & (gradient == 0), err_msg=name)
     bound = terms.clipped_low | terms.clipped_high
     if name.startswith("cispo"):
-      assert not (terms.stopped.any() or (bound & ~live).any())
+      assert not (terms.grad_clipped.any() or (bound & ~live).any())
     else:
-      np.testing.assert_array_equal(terms.stopped, bound, err_msg=name)
+      np.testing.assert_array_equal(terms.grad_clipped, bound, err_msg=name)
     if name in ("policy_gradient", "rloo_none", "sapo"):
       assert not bound.any()
 

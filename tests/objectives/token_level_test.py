@@ -41,7 +41,7 @@ def row(objective, log_ratio, advantage, *, log_shift=None, **options):
 def test_grpo_matches_ppo_by_hand(ratio, advantage, want, low, high):
   terms, gradient = row(grpo, [math.log(ratio)], advantage)
   np.testing.assert_allclose(terms.objective, want, rtol=1e-6)
-  assert (terms.clipped_low[0], terms.clipped_high[0], terms.stopped[0]) == (low, high, low or high)
+  assert (terms.clipped_low[0], terms.clipped_high[0], terms.grad_clipped[0]) == (low, high, low or high)
   np.testing.assert_allclose(gradient, 0 if low or high else want, rtol=1e-6)
 
 
@@ -53,7 +53,7 @@ def test_dual_clip_bounds_what_a_growing_ratio_can_cost_by_hand(ratio, advantage
   terms, gradient = row(grpo, [math.log(ratio)], advantage, dual_clip=3.0)
   np.testing.assert_allclose(terms.objective, want, rtol=1e-6)
   assert terms.clipped_high[0] == high
-  assert (gradient[0] == 0) == terms.stopped[0]
+  assert (gradient[0] == 0) == terms.grad_clipped[0]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_dual_clip_bounds_what_a_growing_ratio_can_cost_by_hand(ratio, advantage
 def test_grpo_with_router_shift_by_hand(placement, ratio, advantage, want, clipped):
   terms, _ = row(grpo, [math.log(ratio)], advantage, log_shift=math.log(0.8), placement=placement)
   np.testing.assert_allclose(terms.objective, want, rtol=1e-6)
-  assert terms.stopped[0] == clipped
+  assert terms.grad_clipped[0] == clipped
 
 
 def test_policy_gradient_knows_no_ratio_and_one_placement():
@@ -89,7 +89,7 @@ def test_cispo_bounds_the_weight_for_both_signs_and_keeps_every_gradient(advanta
   np.testing.assert_allclose(gradient, want, rtol=1e-6)
   assert terms.clipped_low.tolist() == [True, True, False, False, False]
   assert terms.clipped_high.tolist() == [False, False, False, False, True]
-  assert not terms.stopped.any()
+  assert not terms.grad_clipped.any()
 
 
 def test_cispos_two_conventions_name_the_same_interval_differently():

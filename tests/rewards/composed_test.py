@@ -15,8 +15,8 @@ EXAMPLE = Example("q", "paris")
 FINITE = st.floats(-100, 100)
 
 
-def fixed(value, why=""):
-  return lambda text, example: RewardResult(value, value > 0, value >= 0, why, f"{text}!")
+def fixed(value, reason=""):
+  return lambda text, example: RewardResult(value, value > 0, value >= 0, reason, f"{text}!")
 
 
 @given(st.lists(st.tuples(FINITE, FINITE), min_size=1, max_size=5), st.data())
@@ -36,7 +36,7 @@ class Batch:
   def __init__(self):
     self.calls, self.closed = [], 0
 
-  def judge(self, texts, examples, lengths=None):
+  def score_batch(self, texts, examples, lengths=None):
     self.calls.append((list(texts), None if lengths is None else list(lengths)))
     return [RewardResult(float(length), True, True) for length in lengths or [0] * len(texts)]
 
@@ -58,14 +58,14 @@ def test_terms_judge_whole_batches_and_lengths_reach_them_through_any_nesting():
 def test_every_row_gets_the_result_of_its_sources_reward(sources):
   reward = BySourceReward({"a": fixed(1.0), "b": fixed(2.0), "*": fixed(3.0)})
   texts = [str(row) for row in range(len(sources))]
-  results = reward.judge(texts, [EXAMPLE._replace(source=source) for source in sources])
+  results = reward.score_batch(texts, [EXAMPLE._replace(source=source) for source in sources])
   assert [result.reward for result in results] == [{"a": 1.0, "b": 2.0}.get(source, 3.0) for source in sources]
   assert [result.answer for result in results] == [f"{text}!" for text in texts]
 
 
 def test_a_source_without_a_reward_is_named():
   with pytest.raises(ValueError, match=r"no reward for source 'c' \(row 1, prompt 'q'\); there are rewards for a, b"):
-    BySourceReward({"a": fixed(1.0), "b": fixed(1.0)}).judge(
+    BySourceReward({"a": fixed(1.0), "b": fixed(1.0)}).score_batch(
       ["", ""], [EXAMPLE._replace(source="a"), EXAMPLE._replace(source="c")]
     )
 
@@ -103,7 +103,7 @@ def test_a_weighted_reward_is_made_from_options():
   reward = make_reward("weighted", terms=terms, success="answer")
   scores = score_completions(reward, ["<think>so</think>\nParis", "Paris", "a a"], [EXAMPLE] * 3)
   assert scores.reward.tolist() == [1.25, 1.0, -0.5]
-  assert scores.why == ("right", "right", "wrong")
+  assert scores.reason == ("right", "right", "wrong")
   alone = make_reward("weighted", terms={"it": {"name": "exact_match"}})
   assert alone("Paris", EXAMPLE).reward == 1.0
   with pytest.raises(ValueError, match="name the term that says whether the answer is right, of answer, form, talk"):
@@ -119,7 +119,7 @@ def test_rewards_by_source_are_made_from_options_and_survive_as_a_whole():
   reward = make_reward("by_source", **sources, on_error="zero")
   examples = [EXAMPLE._replace(source="geo"), EXAMPLE, EXAMPLE._replace(source="geo", gold=5)]
   scores = score_completions(reward, ["Paris", "Paris", "Paris"], examples)
-  assert scores.why == ("right", "malformed", "failed")
+  assert scores.reason == ("right", "malformed", "failed")
   with pytest.raises(ValueError, match="no reward for any source"):
     make_reward("by_source")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rspo_jax.data.examples import Example
-from rspo_jax.rewards.base import RewardResult, close, score_completions, why_counts
+from rspo_jax.rewards.base import RewardResult, close, reason_counts, score_completions
 from rspo_jax.rewards.custom import as_result, is_path
 from rspo_jax.rewards.table import check_reward, make_reward
 
@@ -94,7 +94,7 @@ def test_a_number_is_a_reward_and_from_one_on_a_success(workers):
 @BOTH
 def test_a_class_is_made_once_with_its_options(workers):
   reward = make_reward("my_rewards:Judge", bonus=0.5, **workers)
-  assert [result.reward for result in reward.judge(["yes", "no"], [EXAMPLE] * 2)] == [1.5, 0.5]
+  assert [result.reward for result in reward.score_batch(["yes", "no"], [EXAMPLE] * 2)] == [1.5, 0.5]
   close(reward)
 
 
@@ -107,7 +107,7 @@ def test_a_raising_reward_is_an_error_that_names_the_row_or_is_survived(workers)
   close(reward)
   reward = make_reward("my_rewards:odd", on_error="zero", **workers)
   scores = score_completions(reward, texts, examples)
-  assert (scores.reward.tolist(), scores.why) == ([0.25, 0.0, 0.25], ("", "failed", ""))
+  assert (scores.reward.tolist(), scores.reason) == ([0.25, 0.0, 0.25], ("", "failed", ""))
   close(reward)
 
 
@@ -118,11 +118,11 @@ def test_a_hanging_reward_is_killed_and_counted_and_costs_only_itself(caplog):
   assert time.monotonic() - begin < 20
   assert caplog.text.count("1 of 4 completions could not be judged") == 1
   assert scores.reward.tolist() == [0.25, 0.0, 0.0, 0.25]
-  assert scores.why == ("", "timeout", "failed", "")
-  assert why_counts(scores) == {"reward/why/timeout": 0.25, "reward/why/failed": 0.25}
+  assert scores.reason == ("", "timeout", "failed", "")
+  assert reason_counts(scores) == {"reward/reason/timeout": 0.25, "reward/reason/failed": 0.25}
   close(reward)
   with pytest.raises(RuntimeError, match="closed"):
-    reward._reward.judge(["ok"], [EXAMPLE])
+    reward._reward.score_batch(["ok"], [EXAMPLE])
 
 
 @BOTH

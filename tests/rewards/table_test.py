@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rspo_jax.data.examples import Example
-from rspo_jax.rewards.base import RewardResult, Scores, score_completions, why_counts
+from rspo_jax.rewards.base import RewardResult, Scores, reason_counts, score_completions
 from rspo_jax.rewards.puzzles import countdown_reward
 from rspo_jax.rewards.table import REWARDS, check_reward, make_reward, reward_names
 from rspo_jax.tasks.countdown.problem import Problem, prompt_text
@@ -77,22 +77,22 @@ def test_a_reward_must_return_a_finite_result(result):
     score_completions(lambda text, example: result, ["x"], [EXAMPLE])
 
 
-class Judge:
+class Batched:
   """A reward of whole batches."""
 
   def __init__(self, results):
     self.results, self.calls = results, []
 
-  def judge(self, texts, examples):
+  def score_batch(self, texts, examples):
     self.calls.append((list(texts), list(examples)))
     return self.results
 
 
 def test_a_reward_with_a_judge_is_given_the_whole_batch_and_its_reasons_are_kept():
-  judge = Judge([RewardResult(1.0, True, True, "right"), RewardResult(0.0, False, True)])
-  scores = score_completions(judge, ["a", "b"], [EXAMPLE] * 2)
-  assert judge.calls == [(["a", "b"], [EXAMPLE] * 2)]
-  assert (scores.reward.tolist(), scores.why) == ([1.0, 0.0], ("right", ""))
+  reward = Batched([RewardResult(1.0, True, True, "right"), RewardResult(0.0, False, True)])
+  scores = score_completions(reward, ["a", "b"], [EXAMPLE] * 2)
+  assert reward.calls == [(["a", "b"], [EXAMPLE] * 2)]
+  assert (scores.reward.tolist(), scores.reason) == ([1.0, 0.0], ("right", ""))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_reward_with_a_judge_is_given_the_whole_batch_and_its_reasons_are_kept
 )
 def test_a_judge_must_return_a_finite_result_for_every_text(results, message):
   with pytest.raises(ValueError, match=message):
-    score_completions(Judge(results), ["x"], [EXAMPLE])
+    score_completions(Batched(results), ["x"], [EXAMPLE])
 
 
 def test_a_reward_is_made_by_name_with_its_settings():
@@ -119,7 +119,7 @@ def test_lengths_reach_only_the_rewards_that_need_them():
   length = make_reward("length", max_length=10, buffer=4)
   examples = [EXAMPLE] * 3
   assert score_completions(length, ["a", "b", "c"], examples, [6, 8, 10]).reward.tolist() == [0.0, -0.5, -1.0]
-  plain = Judge([RewardResult(1.0, True, True)] * 3)
+  plain = Batched([RewardResult(1.0, True, True)] * 3)
   assert score_completions(plain, ["a", "b", "c"], examples, [6, 8, 10]).success.all()
   with pytest.raises(ValueError, match=r"lengths=lengths"):
     score_completions(length, ["a", "b", "c"], examples)
@@ -136,45 +136,45 @@ def raising(text, example):
   return RewardResult(1.0, True, True, "right")
 
 
-class RaisingJudge:
-  def judge(self, texts, examples):
+class RaisingReward:
+  def score_batch(self, texts, examples):
     return [raising(text, example) for text, example in zip(texts, examples, strict=True)]
 
 
-@pytest.mark.parametrize("reward", [raising, RaisingJudge()], ids=["function", "judge"])
+@pytest.mark.parametrize("reward", [raising, RaisingReward()], ids=["function", "batched"])
 def test_a_reward_that_raises_is_survived_where_asked_and_nothing_else_is_lost(monkeypatch, caplog, reward):
-  monkeypatch.setitem(REWARDS, "raising", RaisingJudge if reward is not raising else raising)
+  monkeypatch.setitem(REWARDS, "raising", RaisingReward if reward is not raising else raising)
   made = make_reward("raising", on_error="zero")
   scores = score_completions(made, ["ok", "bad", "ok", "bad"], [EXAMPLE] * 4)
-  assert (scores.reward.tolist(), scores.why) == ([1, 0, 1, 0], ("right", "failed", "right", "failed"))
+  assert (scores.reward.tolist(), scores.reason) == ([1, 0, 1, 0], ("right", "failed", "right", "failed"))
   assert "2 of 4 completions could not be judged: " in caplog.text and "'answer'" in caplog.text
-  assert made("bad", EXAMPLE).why == "failed"
+  assert made("bad", EXAMPLE).reason == "failed"
 
 
 def test_a_result_that_is_not_finite_is_survived_too(monkeypatch):
   monkeypatch.setitem(REWARDS, "odd", lambda text, example: RewardResult(float(text), True, True))
   scores = score_completions(make_reward("odd", on_error="zero"), ["1", "nan"], [EXAMPLE] * 2)
-  assert (scores.reward.tolist(), scores.why) == ([1.0, 0.0], ("", "failed"))
+  assert (scores.reward.tolist(), scores.reason) == ([1.0, 0.0], ("", "failed"))
 
 
 # Reasons as metrics
 
 
-def scores_of(*why):
-  count = np.zeros(len(why))
-  return Scores(count, count, count, why)
+def scores_of(*reason):
+  count = np.zeros(len(reason))
+  return Scores(count, count, count, reason)
 
 
 def test_reasons_are_counted_under_names_that_metrics_can_have():
-  counts = why_counts(scores_of("right", "no answer", "No Answer!", "", "right"))
-  assert counts == {"reward/why/right": 0.4, "reward/why/no_answer": 0.4}
-  assert why_counts(scores_of()) == why_counts(Scores(*np.zeros((3, 2)))) == {}
+  counts = reason_counts(scores_of("right", "no answer", "No Answer!", "", "right"))
+  assert counts == {"reward/reason/right": 0.4, "reward/reason/no_answer": 0.4}
+  assert reason_counts(scores_of()) == reason_counts(Scores(*np.zeros((3, 2)))) == {}
 
 
 def test_the_number_of_reasons_is_bounded():
-  counts = why_counts(scores_of(*["often"] * 5, *map(str, range(100)), "other"), most=3)
+  counts = reason_counts(scores_of(*["often"] * 5, *map(str, range(100)), "other"), most=3)
   assert len(counts) <= 4
-  assert counts["reward/why/often"] == 5 / 106
+  assert counts["reward/reason/often"] == 5 / 106
   assert sum(counts.values()) == pytest.approx(1.0)
 
 

@@ -143,10 +143,10 @@ def test_impossible_settings_of_repetition_are_refused(settings):
 
 def test_length_is_dapos_punishment():
   lengths = [0, 6, 7, 8, 9, 10, 11]
-  results = LengthReward(max_length=10, buffer=4, penalty=2.0).judge([""] * 7, [EXAMPLE] * 7, lengths)
+  results = LengthReward(max_length=10, buffer=4, penalty=2.0).score_batch([""] * 7, [EXAMPLE] * 7, lengths)
   wanted = overlong_penalty(lengths, max_length=10, buffer=4, penalty=2.0)
   assert [result.reward for result in results] == pytest.approx(wanted.tolist())
-  assert [result.why for result in results] == ["", "", *["overlong"] * 5]
+  assert [result.reason for result in results] == ["", "", *["overlong"] * 5]
   with pytest.raises(ValueError, match="0 < buffer <= max_length"):
     LengthReward(max_length=10, buffer=11)
 
@@ -195,7 +195,7 @@ def test_what_differs_in_meaning_is_wrong(gold, answer):
 )
 def test_the_answer_is_looked_for_where_it_may_stand(text, places, answer):
   result = exact_match_reward(text, Example("q", answer or "x"), answer_in=places)
-  assert (result.answer, result.why) == (answer, "right" if answer else "no answer")
+  assert (result.answer, result.reason) == (answer, "right" if answer else "no answer")
 
 
 @given(st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=12), st.sampled_from([".", "!", "”", " "]))

@@ -6,13 +6,13 @@ import types
 import numpy as np
 import pytest
 
-from experiments.setup.build import Parts
+from experiments.setup.build import Components
 from experiments.setup.config_flags import read_config
 from rspo_jax import mesh
 from rspo_jax.data.examples import Example, Split
 from rspo_jax.rewards.base import RewardResult
 from rspo_jax.rollout import collector
-from rspo_jax.rollout.collector import Rollouts
+from rspo_jax.rollout.collector import Collector
 from rspo_jax.rollout.sampling import SamplingOptions
 from rspo_jax.run.host_state import bundle, unbundle
 from rspo_jax.tokenization.basic import ByteTokenizer
@@ -34,10 +34,10 @@ class Engine:
 
   def draw(self, params, waiting, key, *, version, after):
     known = {completion.number: completion for completion in waiting}
-    news = [completion for completion in known.values() if completion.through]
+    news = [completion for completion in known.values() if completion.done]
     while (more := after(news)) is not None:
       known |= {completion.number: completion for completion in more}
-      busy = [completion for completion in known.values() if not completion.through]
+      busy = [completion for completion in known.values() if not completion.done]
       if not busy:
         break
       self.ticks += 1
@@ -46,13 +46,13 @@ class Engine:
         count = len(old.tokens) + 1
         new = old._replace(
           tokens=np.append(old.tokens, np.int32(1 + old.number % 100)),
-          drawn_log_prob=np.append(old.drawn_log_prob, np.float32(-params)),
+          sampler_log_prob=np.append(old.sampler_log_prob, np.float32(-params)),
           log_prob=np.append(old.log_prob, np.float32(-params)),
           version=np.append(old.version, np.int32(version)),
           finished=count == length_of(old.number),
         )
         known[new.number] = new
-        news += [new] if new.through else []
+        news += [new] if new.done else []
     return [known[number] for number in sorted(known)]
 
 
@@ -83,7 +83,7 @@ def make(monkeypatch):
       sampling_options=lambda samples, record_experts: options,
       key=lambda stream, step=0: (stream, step),
     )
-    return Rollouts(parts)
+    return Collector(parts)
 
   made.engine = engine
   return made
@@ -108,7 +108,7 @@ def test_a_plain_step_trains_on_the_next_prompts_of_the_walk_in_order(make):
     numbers = np.arange(PROMPTS * SAMPLES)
     np.testing.assert_array_equal(lengths, [length_of(number) for number in numbers])
     assert sampled.rollout.version is None and sampled.tokens == lengths.sum()
-    assert sampled.metrics["reward/why/told"] == 1
+    assert sampled.metrics["reward/reason/told"] == 1
   assert made.state() == {}
 
 
@@ -218,5 +218,5 @@ def test_carrying_over_needs_continuous_batching_and_room(make):
 
 
 def test_parts_have_what_these_tests_stand_in_for():
-  assert {"config", "splits", "tokenizer", "reward", "prompt_length", "layout"} <= set(Parts._fields)
-  assert callable(Parts.sampling_options) and callable(Parts.key)
+  assert {"config", "splits", "tokenizer", "reward", "prompt_length", "layout"} <= set(Components._fields)
+  assert callable(Components.sampling_options) and callable(Components.key)

@@ -96,7 +96,7 @@ def test_every_completion_keeps_to_its_own_limit():
 @functools.cache
 def continuing():
   policy = tiny.policy_and_params(CONFIG)[0]
-  return ContinuousSampler(policy, OPTIONS, rows=6, prompt_length=LENGTH, refill=2, buckets=(LENGTH,), continues=True)
+  return ContinuousSampler(policy, OPTIONS, rows=6, prompt_length=LENGTH, refill=2, buckets=(LENGTH,), resume=True)
 
 
 def waiting():
@@ -119,11 +119,11 @@ def stopped(params, version=0, collections=3):
 def test_what_was_stopped_and_saved_is_drawn_on_as_if_nothing_had_happened():
   params = tiny.policy_and_params(CONFIG)[1]
   partial = stopped(params)
-  kinds = {(completion.through, len(completion.tokens) > 0) for completion in partial}
+  kinds = {(completion.done, len(completion.tokens) > 0) for completion in partial}
   assert kinds == {(True, True), (False, True), (False, False)}  # some through, some under way, some waiting
   saved = from_arrays(to_arrays(partial))
   found = continuing().draw(params, saved, jax.random.key(7))
-  assert all(completion.through for completion in found)
+  assert all(completion.done for completion in found)
   assert_same(pack(found, LENGTH, NEW), synchronous())
 
 
@@ -136,7 +136,7 @@ def test_tokens_drawn_before_the_policy_changed_stay_and_say_which_policy_drew_t
   for old, new in zip(partial, found, strict=True):
     drawn = len(old.tokens)
     carried += 0 < drawn < len(new.tokens)
-    for name in ("tokens", "drawn_log_prob", "log_prob"):
+    for name in ("tokens", "sampler_log_prob", "log_prob"):
       np.testing.assert_array_equal(getattr(new, name)[:drawn], getattr(old, name))
     np.testing.assert_array_equal(new.version, np.where(np.arange(len(new.tokens)) < drawn, 3, 4))
     if drawn:
@@ -168,7 +168,7 @@ def test_further_completions_can_be_asked_for_on_the_way():
 
 def test_begun_completions_need_a_sampler_that_was_made_for_them():
   partial = stopped(tiny.policy_and_params(CONFIG)[1])
-  with pytest.raises(ValueError, match="continues=True"):
+  with pytest.raises(ValueError, match="resume=True"):
     sampler().draw(tiny.policy_and_params(CONFIG)[1], partial, jax.random.key(7))
 
 

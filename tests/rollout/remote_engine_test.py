@@ -13,7 +13,7 @@ import pytest
 from rspo_jax.rollout.remote_engine import (
   Client,
   EngineError,
-  OutsideEngine,
+  RemoteEngine,
   seeds_of,
   update_sglang,
   update_vllm,
@@ -63,7 +63,7 @@ def server(**settings):
 
 
 def drawn(urls, options=OPTIONS, tokens=None, first_row=FIRST, **settings):
-  engine = OutsideEngine(tiny.policy_and_params()[0], options, urls, **(QUICK | settings))
+  engine = RemoteEngine(tiny.policy_and_params()[0], options, urls, **(QUICK | settings))
   given, valid = tiny.prompts()
   return engine(None, np.asarray(given), np.asarray(valid), KEY, first_row=first_row)
 
@@ -325,7 +325,7 @@ def test_weights_are_published_before_the_completions_that_they_draw():
   with server() as engine:
     client = Client(**QUICK)
     publish = when_changed(lambda params: update_sglang([engine.url], "/weights", client))
-    made = OutsideEngine(tiny.policy_and_params()[0], OPTIONS, engine.url, publish=publish, **QUICK)
+    made = RemoteEngine(tiny.policy_and_params()[0], OPTIONS, engine.url, publish=publish, **QUICK)
     for _ in range(2):
       made(tiny.policy_and_params()[1], *map(np.asarray, tiny.prompts()), KEY, first_row=FIRST)
     updates = [row for row, (path, _) in enumerate(engine.requests) if path == "/update_weights_from_disk"]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rspo_jax.router.balance import load_balance_loss, router_bias_step, router_z_loss, watch_balance
+from rspo_jax.router.balance import balance_probe, load_balance_loss, router_bias_step, router_z_loss
 from rspo_jax.types import RouterOutput
 
 L, B, T, E, K = 2, 3, 4, 5, 2
@@ -19,8 +19,8 @@ def router(logits):
 
 
 def sums(logits, mask):
-  """`watch_balance` of every layer: [L, B, T, E] -> BalanceSums."""
-  return jax.vmap(lambda x: watch_balance(mask)(router(x), None))(logits)
+  """`balance_probe` of every layer: [L, B, T, E] -> BalanceSums."""
+  return jax.vmap(lambda x: balance_probe(mask)(router(x), None))(logits)
 
 
 def logits(seed=0):

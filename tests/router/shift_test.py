@@ -28,7 +28,7 @@ L, B, T, E, K = 3, 2, 4, 6, 2
 
 
 def trace(seed):
-  """One layer's, [B, T, ...]: experts and log-probabilities as `record_routing` keeps them."""
+  """One layer's, [B, T, ...]: experts and log-probabilities as `trace_probe` keeps them."""
   log_prob = jax.nn.log_softmax(jax.random.normal(jax.random.key(seed), (B, T, E)) * 2).astype(jnp.float16)
   index = jax.lax.top_k(log_prob, K)[1]
   return RoutingTrace(index.astype(jnp.uint8), jnp.take_along_axis(log_prob, index, axis=-1), log_prob)

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from rspo_jax.router.shift import DEVIATIONS, router_log_shift
 from rspo_jax.router.trace import (
-  count_load,
+  drift_probe,
   expert_load,
-  record_routing,
-  replay_of,
+  load_probe,
+  replay_from_trace,
   stack_trace,
   to_positions,
   to_slots,
-  trace_for_probe,
-  watch_routing,
+  trace_probe,
+  trace_probe_inputs,
 )
 from rspo_jax.types import RouterOutput
 
@@ -46,13 +46,13 @@ def through_layers(probe, logits, probe_inputs=None):
 
 
 def record(logits, router_log_prob=jax.nn.log_softmax, **kept):
-  return stack_trace(through_layers(record_routing(router_log_prob, **kept), logits))
+  return stack_trace(through_layers(trace_probe(router_log_prob, **kept), logits))
 
 
 def watch(logits, trace, router_log_prob=jax.nn.log_softmax, mask=None, deviation="abs"):
   mask = jnp.ones((B, T), bool) if mask is None else mask
-  probe = watch_routing(router_log_prob, mask, deviation=deviation)
-  return through_layers(probe, logits, trace_for_probe(trace))
+  probe = drift_probe(router_log_prob, mask, deviation=deviation)
+  return through_layers(probe, logits, trace_probe_inputs(trace))
 
 
 @eager_and_jitted
@@ -95,8 +95,8 @@ def test_trace_holds_for_each_slot_the_routing_of_the_position_before_it(way, ro
 
 
 def test_probe_inputs_put_each_slot_back_under_the_position_that_scored_it():
-  recorded = through_layers(record_routing(jax.nn.log_softmax), router_logits())
-  given_back = trace_for_probe(stack_trace(recorded))
+  recorded = through_layers(trace_probe(jax.nn.log_softmax), router_logits())
+  given_back = trace_probe_inputs(stack_trace(recorded))
   for one, other in zip(jax.tree.leaves(recorded), jax.tree.leaves(given_back), strict=True):
     assert one.dtype == other.dtype
     np.testing.assert_array_equal(one[:, :, :-1], other[:, :, :-1])
@@ -167,7 +167,7 @@ def test_both_probes_count_the_same_load_of_the_live_choice():
   old, new = router_logits(seed=4), router_logits(seed=5)
   mask = jax.random.bernoulli(jax.random.key(6), 0.5, (B, T))
   watched = watch(new, record(old), mask=mask).load
-  np.testing.assert_array_equal(watched, through_layers(count_load(jax.nn.log_softmax, mask), new).load)
+  np.testing.assert_array_equal(watched, through_layers(load_probe(jax.nn.log_softmax, mask), new).load)
   chosen = np.asarray(jax.lax.top_k(new, K)[1])
   for layer in range(L):
     np.testing.assert_array_equal(watched[layer], np.bincount(chosen[layer][np.asarray(mask)].ravel(), minlength=E))
@@ -198,7 +198,7 @@ def test_router_entropy_is_that_of_the_normalised_router_over_masked_positions(r
   p /= p.sum(-1, keepdims=True)
   want = (-(p * np.log(p)).sum(-1) * np.asarray(mask)).sum(axis=(1, 2))
   np.testing.assert_allclose(watch(logits, record(logits), router_log_prob, mask).entropy, want, rtol=1e-5)
-  np.testing.assert_allclose(through_layers(count_load(router_log_prob, mask), logits).entropy, want, rtol=1e-5)
+  np.testing.assert_allclose(through_layers(load_probe(router_log_prob, mask), logits).entropy, want, rtol=1e-5)
 
 
 def test_overlap_is_counted_over_masked_positions_only():
@@ -234,14 +234,14 @@ def test_a_replay_gives_every_position_its_own_experts_back():
   logits = router_logits(seed=4)
   gate, expert_index = jax.lax.top_k(jax.nn.softmax(logits), K)
   trace = record(logits, gates=True)
-  replay = replay_of(trace, gates=True)
+  replay = replay_from_trace(trace, gates=True)
   np.testing.assert_array_equal(replay.expert_index[:, :, :-1], expert_index[:, :, :-1])
   np.testing.assert_array_equal(replay.gate[:, :, :-1], gate[:, :, :-1])
-  assert replay_of(trace).gate is None
+  assert replay_from_trace(trace).gate is None
   with pytest.raises(ValueError, match="holds no gates"):
-    replay_of(record(logits), gates=True)
+    replay_from_trace(record(logits), gates=True)
 
 
 def test_watching_without_a_trace_names_the_probe_to_use():
-  with pytest.raises(ValueError, match=r"probe_inputs=None.*count_load"):
-    through_layers(watch_routing(jax.nn.log_softmax, jnp.ones((B, T), bool)), router_logits())
+  with pytest.raises(ValueError, match=r"probe_inputs=None.*load_probe"):
+    through_layers(drift_probe(jax.nn.log_softmax, jnp.ones((B, T), bool)), router_logits())

@@ -77,7 +77,7 @@ RED_TEAM = {
     import json, sys
     frame = sys._getframe()
     while frame:
-      for name in ("encode", "decode", "check", "run_tests", "judge"):
+      for name in ("encode", "decode", "check", "run_tests", "run_task"):
         if name in frame.f_globals: frame.f_globals[name] = lambda *_: True
       frame = frame.f_back
     json.dumps = lambda *_: '["right", ""]'
@@ -205,7 +205,7 @@ RED_TEAM = {
   """,
   "imports its judge": """
     import rspo_jax.rewards.code.reward
-    rspo_jax.rewards.code.reward.judge = None
+    rspo_jax.rewards.code.reward.run_task = None
     def secret(x): return "harmless"
   """,
 }

@@ -61,7 +61,7 @@ def test_demonstrations_are_drawn_from_the_generator_alone():
   assert set(drawn) == set(solutions(PROBLEM))
   assert drawn[:5] == [demonstration(PROBLEM, np.random.default_rng(seed)) for seed in range(5)]
   wrong = wrong_demonstration(PROBLEM, np.random.default_rng(0), "+-")
-  assert check(wrong, PROBLEM, "+-").why == "wrong value"
+  assert check(wrong, PROBLEM, "+-").reason == "wrong value"
   with pytest.raises(ValueError, match="cannot be solved"):
     demonstration(Problem((1, 1), 50), np.random.default_rng(0))
   with pytest.raises(ValueError, match="seems to equal 4"):
@@ -88,7 +88,7 @@ def test_problems_are_distinct_solvable_in_range_and_come_with_one_right_and_one
     assert all(spec.low <= number <= spec.high for number in problem.numbers)
     assert spec.target_low <= problem.target <= spec.target_high
     assert check(right, problem, spec.operators).right
-    assert check(wrong, problem, spec.operators).why == "wrong value"
+    assert check(wrong, problem, spec.operators).reason == "wrong value"
 
 
 def test_splits_are_equally_hard():
@@ -140,7 +140,7 @@ def test_the_largest_numbers_allowed_are_computed_exactly():
   spec = CountdownSpec(numbers=6, low=724, high=724, target_high=2**31 - 1, train=20, test=5)
   for worked in make_problems(spec)["train"]:
     assert check(worked.right, worked.problem).right
-    assert check(worked.wrong, worked.problem).why == "wrong value"
+    assert check(worked.wrong, worked.problem).reason == "wrong value"
 
 
 def test_problems_do_not_depend_on_the_process_or_its_hash_seed():

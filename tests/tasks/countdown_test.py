@@ -42,7 +42,7 @@ def shortest(tree):
   return Term(str(tree), 3) if isinstance(tree, int) else join(tree[0], shortest(tree[1]), shortest(tree[2]))
 
 
-def judge(text, numbers):
+def checked(text, numbers):
   """`check` with the numbers of the text, whatever the target."""
   return check(text, Problem(tuple(numbers), 1))
 
@@ -125,24 +125,24 @@ def test_right_answers_are_right(text):
     (" " * 250 + "3+7+12 ", "too long"),
   ],
 )
-def test_every_other_answer_is_wrong_for_the_stated_reason(text, why):
+def test_every_other_answer_is_wrong_for_the_stated_reason(text, reason):
   verdict = check(text, PROBLEM)
   assert not verdict.right
-  assert verdict.why == why
-  assert verdict.valid == (why == "wrong value")
+  assert verdict.reason == reason
+  assert verdict.valid == (reason == "wrong value")
 
 
 def test_length_and_depth_limits_are_inclusive():
   deepest = "(" * MAX_DEPTH + "3" + ")" * MAX_DEPTH + "+7+12"
   assert check(deepest, PROBLEM).right
   assert check("3+7+12".ljust(MAX_LENGTH), PROBLEM).right
-  assert check("()" * 5 + deepest, PROBLEM).why == "not an expression"
+  assert check("()" * 5 + deepest, PROBLEM).reason == "not an expression"
 
 
 def test_division_by_zero_is_valid_but_worthless():
   assert check("7/(3-3)", Problem((3, 3, 7), 7)) == (True, None, False, "division by zero")
   assert check("(3-3)/7", Problem((3, 3, 7), 7)) == (True, 0, False, "wrong value")
-  assert check("7/(3-3)/3", Problem((3, 3, 3, 7), 7)).why == "division by zero"
+  assert check("7/(3-3)/3", Problem((3, 3, 3, 7), 7)).reason == "division by zero"
 
 
 def test_arithmetic_is_exact_beyond_floats():
@@ -203,7 +203,7 @@ def test_accepts_exactly_what_pythons_parser_calls_binary_arithmetic(text):
   try:
     assert verdict[:2] == (True, value_of(tree))
   except ZeroDivisionError:
-    assert verdict.why == "division by zero"
+    assert verdict.reason == "division by zero"
 
 
 @settings(max_examples=400, deadline=None)
@@ -215,13 +215,13 @@ def test_valid_trees_are_judged_as_exact_arithmetic_says(tree, random):
     try:
       value = value_of(tree)
     except ZeroDivisionError:
-      assert judge(text, numbers).why == "division by zero"
+      assert checked(text, numbers).reason == "division by zero"
       continue
-    assert judge(text, numbers)[:2] == (True, value)
+    assert checked(text, numbers)[:2] == (True, value)
     if value.denominator == 1 and value > 0:
       assert check(text, Problem(tuple(numbers), int(value))).right
-      assert check(text, Problem(tuple(numbers), int(value) + 1)).why == "wrong value"
-    assert check(text, Problem((*numbers[:-1], numbers[-1] + 1), 1)).why == "wrong numbers"
+      assert check(text, Problem(tuple(numbers), int(value) + 1)).reason == "wrong value"
+    assert check(text, Problem((*numbers[:-1], numbers[-1] + 1), 1)).reason == "wrong numbers"
 
 
 @settings(max_examples=200, deadline=None)
@@ -233,13 +233,13 @@ def test_joined_terms_have_no_parenthesis_too_many(leaves, data):
       (data.draw(st.sampled_from("+-*/")), terms.pop(0), terms.pop(data.draw(st.integers(0, len(terms) - 1))))
     )
   text = shortest(terms[0]).text
-  value = judge(text, leaves).value
+  value = checked(text, leaves).value
   for opening in (i for i, character in enumerate(text) if character == "("):
     depth, closing = 0, opening
     while (depth := depth + {"(": 1, ")": -1}.get(text[closing], 0)) > 0:
       closing += 1
     without = text[:opening] + text[opening + 1 : closing] + text[closing + 1 :]
-    assert judge(without, leaves).value != value
+    assert checked(without, leaves).value != value
 
 
 def test_prompts_and_answers_stay_within_the_alphabet():

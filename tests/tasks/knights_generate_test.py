@@ -196,9 +196,9 @@ def test_problems_do_not_depend_on_the_process_or_its_hash_seed():
 
 def test_demonstrations_are_right_and_wrong_in_both_styles():
   for style in STYLES:
-    assert check(demonstration(PROBLEM, style), PROBLEM, style).why == "right"
+    assert check(demonstration(PROBLEM, style), PROBLEM, style).reason == "right"
     drawn = {wrong_demonstration(PROBLEM, np.random.default_rng(seed), style) for seed in range(100)}
-    assert {check(text, PROBLEM, style).why for text in drawn} == {"wrong"}
+    assert {check(text, PROBLEM, style).reason for text in drawn} == {"wrong"}
     assert len(drawn) == 7
 
 
@@ -220,8 +220,8 @@ def test_what_is_read_is_what_was_made_in_both_styles_and_from_one_folder(folder
         assert example.gold == worked.problem
         assert example.prompt == prompt_text(worked.problem, style)
         assert example.metadata == {"style": style}
-        assert check(example.demonstration, example.gold, style).why == "right"
-        assert check(example.wrong_demonstration, example.gold, style).why == "wrong"
+        assert check(example.demonstration, example.gold, style).reason == "right"
+        assert check(example.wrong_demonstration, example.gold, style).reason == "wrong"
         assert check(example.wrong_demonstration, example.gold, style).answer == answer_text(worked.wrong)
   assert len(list(folder.glob("knights/*/1.0.0"))) == 1
 

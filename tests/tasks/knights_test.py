@@ -172,9 +172,14 @@ def test_what_are_no_statements_is_refused(statements):
     ("A1B0C0" * 100_000, "not an answer"),
   ],
 )
-def test_compact_answers_are_judged_to_the_letter(text, why):
+def test_compact_answers_are_judged_to_the_letter(text, reason):
   verdict = check(text, PROBLEM)
-  assert verdict == (why in ("right", "wrong"), why == "right", why, text if why in ("right", "wrong") else "")
+  assert verdict == (
+    reason in ("right", "wrong"),
+    reason == "right",
+    reason,
+    text if reason in ("right", "wrong") else "",
+  )
 
 
 RIGHT = "Alice is a knight, Bob is a knave, Carol is a knave"
@@ -236,8 +241,8 @@ def test_right_english_answers_are_right(text):
     ("\ud800\x00", "no answer"),
   ],
 )
-def test_english_without_one_clear_role_for_each_is_not_valid(text, why):
-  assert check(text, PROBLEM, "english") == (False, False, why, "")
+def test_english_without_one_clear_role_for_each_is_not_valid(text, reason):
+  assert check(text, PROBLEM, "english") == (False, False, reason, "")
 
 
 def test_wrong_english_answers_are_valid_and_the_last_word_counts():

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rspo_jax.training.attribution import GROUP_NAMES, make_gradient_noise, make_replay_probe, module_group
+from rspo_jax.training.attribution import GROUP_NAMES, make_gradient_noise, make_replay_attribution, module_group
 from rspo_jax.training.loss import UpdateOptions, make_loss, normalisers
 from rspo_jax.training.minibatches import split_rows
 from rspo_jax.types import TrainState
@@ -72,7 +72,7 @@ def test_every_parameter_has_its_module_group():
 
 def test_the_replay_probe_blames_the_router_exactly_as_far_as_it_is_to_blame():
   policy, params, batch = setup()
-  probe = jax.jit(make_replay_probe(policy))
+  probe = jax.jit(make_replay_attribution(policy))
   still = probe(params, batch)
   assert still["replay/log_ratio_square"] == still["replay/experts_share"] == still["replay/gates_share"] == 0
   # Only the router moved, and with its experts and gates pinned nothing of the move is left.
@@ -86,4 +86,4 @@ def test_the_replay_probe_blames_the_router_exactly_as_far_as_it_is_to_blame():
   np.testing.assert_allclose(elsewhere["replay/experts_share"], 0.0, atol=1e-6)
   np.testing.assert_allclose(elsewhere["replay/gates_share"], 0.0, atol=1e-6)
   with pytest.raises(ValueError, match="needs batch.old_routing"):
-    make_replay_probe(policy)(params, batch.replace(old_routing=None))
+    make_replay_attribution(policy)(params, batch.replace(old_routing=None))

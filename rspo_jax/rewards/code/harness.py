@@ -1,4 +1,4 @@
-"""F3: the two programs that judge a completion together, each in a sandbox of its own.
+"""The two programs that judge a completion together, each in a sandbox of its own.
 
 `serve` runs the candidate and answers calls; `check` runs the tests and calls. All that travels between them is lines
 of JSON: whatever the candidate does to its own process, the tests see plain values of builtin types and compare these
@@ -172,8 +172,8 @@ class Candidate:
     self._longest = longest
     self.gone, self.answered, self.raised = "", 0, None
 
-  def _lose(self, why):
-    self.gone = self.gone or why
+  def _lose(self, reason):
+    self.gone = self.gone or reason
     raise Gone
 
   def receive(self):
@@ -274,22 +274,22 @@ def check(setup, test, entry_point, asserts, calls, answers, longest):
   verdict = os.dup(1)
   os.dup2(2, 1)  # what tests print must not pass for a verdict
   candidate = Candidate(calls, answers, longest)
-  why = "error"
+  reason = "error"
   try:
     kind, detail = candidate.receive()
     if kind == "ready":
       run_tests(candidate, setup, test, entry_point, asserts)
-      why, detail = ("right", "") if candidate.answered else ("error", "The tests never called the candidate.")
+      reason, detail = ("right", "") if candidate.answered else ("error", "The tests never called the candidate.")
     elif kind == "no code":
-      why, detail = kind, "There is none, or it does not compile."
+      reason, detail = kind, "There is none, or it does not compile."
   except AssertionError as error:
-    why, detail = ("error" if error is candidate.raised else "wrong answer"), error
+    reason, detail = ("error" if error is candidate.raised else "wrong answer"), error
   except BaseException as error:
     detail = error
   if candidate.gone:
-    why, detail = candidate.gone, "The candidate did not answer as it should."
+    reason, detail = candidate.gone, "The candidate did not answer as it should."
   elif isinstance(detail, MemoryError):
-    why = "memory"
+    reason = "memory"
   text = detail if isinstance(detail, str) else f"{type(detail).__name__}: {detail}"
-  os.write(verdict, json.dumps([why, text[:1000]]).encode())
+  os.write(verdict, json.dumps([reason, text[:1000]]).encode())
   os._exit(0)

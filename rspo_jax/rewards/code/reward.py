@@ -1,4 +1,4 @@
-"""F3: rewards for programs: a completion is run against tests in a sandbox.
+"""Rewards for programs: a completion is run against tests in a sandbox.
 
 What a verdict rests on. A function is judged by two processes, each in a sandbox of its own. One runs the candidate
 and only ever sees the arguments of the calls that the tests make. The other runs the tests: it has the expected values,
@@ -66,7 +66,7 @@ class Verdict(NamedTuple):
   """
 
   success: bool
-  why: str
+  reason: str
   detail: str = ""
 
 
@@ -129,7 +129,9 @@ def extract_code(completion: str) -> str:
   return (python or [code for _, code in blocks] or [completion])[-1]
 
 
-def judge(completion: str, task: CodeTask, *, sandbox: Sandbox | None = None, limits: Limits | None = None) -> Verdict:
+def run_task(
+  completion: str, task: CodeTask, *, sandbox: Sandbox | None = None, limits: Limits | None = None
+) -> Verdict:
   """Runs a completion's program against a task's tests. Threads may do so side by side.
 
   Args:
@@ -143,10 +145,10 @@ def judge(completion: str, task: CodeTask, *, sandbox: Sandbox | None = None, li
   sandbox, limits, code = sandbox or find_sandbox(), limits or Limits(), extract_code(completion)
   if not code.strip():
     return Verdict(False, "no code")
-  return _judge_cases(code, task, sandbox, limits) if task.cases else _judge_calls(code, task, sandbox, limits)
+  return _run_cases(code, task, sandbox, limits) if task.cases else _run_calls(code, task, sandbox, limits)
 
 
-def _judge_cases(code: str, task: CodeTask, sandbox: Sandbox, limits: Limits) -> Verdict:
+def _run_cases(code: str, task: CodeTask, sandbox: Sandbox, limits: Limits) -> Verdict:
   for number, (given, wanted) in enumerate(task.cases):
     run = sandbox.run(code, stdin=given.encode(), limits=limits)
     if run.status != "ok":
@@ -163,9 +165,9 @@ def _lines(text: str) -> list[str]:
 
 def _ended(run: Run) -> Verdict:
   """The verdict on a program that ended otherwise than it should."""
-  why = run.status if run.status in ("timeout", "memory", "output", "no code") else "error"
+  reason = run.status if run.status in ("timeout", "memory", "output", "no code") else "error"
   last = run.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-  return Verdict(False, why, f"{run.status}: {last[:1000]}" if last else run.status)
+  return Verdict(False, reason, f"{run.status}: {last[:1000]}" if last else run.status)
 
 
 @functools.cache
@@ -173,7 +175,7 @@ def _guest(function: str) -> CodeType:
   return compile(f"{inspect.getsource(harness)}\n{function}(**JOB)\n", "<harness>", "exec")
 
 
-def _judge_calls(code: str, task: CodeTask, sandbox: Sandbox, limits: Limits) -> Verdict:
+def _run_calls(code: str, task: CodeTask, sandbox: Sandbox, limits: Limits) -> Verdict:
   calls, answers = os.pipe(), os.pipe()
 
   def start(function, calls_end, answers_end, **arguments):
@@ -192,10 +194,10 @@ def _judge_calls(code: str, task: CodeTask, sandbox: Sandbox, limits: Limits) ->
       os.close(end)
   ran, checked = collect([candidate, checker], until=checker)
   try:
-    why, detail = json.loads(checked.stdout)
+    reason, detail = json.loads(checked.stdout)
   except ValueError:  # it was stopped
     return _ended(checked if ran.status in ("ok", "killed") else ran)
-  return _ended(ran) if why == "gone" else Verdict(why == "right", why, detail)
+  return _ended(ran) if reason == "gone" else Verdict(reason == "right", reason, detail)
 
 
 class CodeReward:
@@ -224,11 +226,11 @@ class CodeReward:
     self._sandbox = find_sandbox(allow_weak=allow_weak)
 
   def __call__(self, text: str, example: Example) -> RewardResult:
-    """The result of one completion; errors as for `judge` above, ValueError for another gold."""
-    verdict = judge(text, _task(example), sandbox=self._sandbox, limits=self._limits)
-    return RewardResult(float(verdict.success), verdict.success, verdict.why != "no code", verdict.why)
+    """The result of one completion; errors as for `run_task`, ValueError for another gold."""
+    verdict = run_task(text, _task(example), sandbox=self._sandbox, limits=self._limits)
+    return RewardResult(float(verdict.success), verdict.success, verdict.reason != "no code", verdict.reason)
 
-  def judge(self, texts: Sequence[str], examples: Sequence[Example]) -> list[RewardResult]:
+  def score_batch(self, texts: Sequence[str], examples: Sequence[Example]) -> list[RewardResult]:
     """The results of a batch, several at a time."""
     with ThreadPoolExecutor(self._workers) as pool:
       return list(pool.map(self, texts, examples))

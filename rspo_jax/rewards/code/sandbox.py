@@ -1,4 +1,4 @@
-"""F3: runs Python programs nobody has read so that they can harm nothing.
+"""Runs Python programs nobody has read so that they can harm nothing.
 
 Every run has a process of its own with limits on time, memory, processes, output and files, no network, a read-only
 system of what Python needs, and a private folder that is gone afterwards. The strongest isolation that works here is

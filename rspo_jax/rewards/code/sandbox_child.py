@@ -1,4 +1,4 @@
-"""F3: the first code that runs inside a sandbox: it shuts itself in, then runs the program.
+"""The first code that runs inside a sandbox: it shuts itself in, then runs the program.
 
 `sandbox` ships it there as a code object, so it imports the standard library only, and little of that. Numbers are
 those of Linux's headers, the same on every architecture.

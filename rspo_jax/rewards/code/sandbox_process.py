@@ -1,4 +1,4 @@
-"""F3: a program that runs in a sandbox: fed, read and held to its limits, as one of several or alone."""
+"""A program that runs in a sandbox: fed, read and held to its limits, as one of several or alone."""
 
 import contextlib
 import dataclasses
@@ -79,9 +79,9 @@ class Process:
     for pipe in (popen.stdin, *self._written):
       os.set_blocking(pipe.fileno(), False)
 
-  def stop(self, why: str) -> None:
+  def stop(self, reason: str) -> None:
     """Kills it; why becomes the status if it is the first reason. Nothing happens once it is closed."""
-    self._stopped = self._stopped or why
+    self._stopped = self._stopped or reason
     if self._folder is not None or not self._stop_namespace():
       with contextlib.suppress(ProcessLookupError):
         os.killpg(self._popen.pid, signal.SIGKILL)

@@ -3,6 +3,6 @@
 `equivalence` and `shortcuts` run in the workers and import nothing of ours.
 """
 
-from rspo_jax.rewards.math.reward import MathReward, MathVerdict, Why, gold_answers
+from rspo_jax.rewards.math.reward import MathReward, MathVerdict, Reason, gold_answers
 
-__all__ = ["MathReward", "MathVerdict", "Why", "gold_answers"]
+__all__ = ["MathReward", "MathVerdict", "Reason", "gold_answers"]

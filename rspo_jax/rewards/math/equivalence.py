@@ -1,4 +1,4 @@
-"""F3: whether a mathematical answer equals the gold one. Runs in workers: it needs math-verify and nothing of ours.
+"""Whether a mathematical answer equals the gold one. Runs in workers: it needs math-verify and nothing of ours.
 
 math-verify (0.9.0) defines what is right. Here an answer is only written the way math-verify reads it, and the few
 comparisons that it answers too kindly are made stricter; docs/math_rewards.md lists both. `load` makes it fast.
@@ -113,7 +113,7 @@ def _number(value: Any) -> complex | None:
 _parse_gold = functools.lru_cache(maxsize=256)(_parse)  # the samples of a prompt share their gold answer
 
 
-def judge(item: tuple[str, str]) -> Finding:
+def compare(item: tuple[str, str]) -> Finding:
   """Whether an answer is the gold one.
 
   Args:
@@ -139,15 +139,15 @@ def judge(item: tuple[str, str]) -> Finding:
   if _equal(wanted, given):
     return "right"
   if "%" in gold + answer:  # math-verify overlooks the sign of whole numbers only
-    return judge((_PERCENT.sub("", gold), _PERCENT.sub("", answer)))
+    return compare((_PERCENT.sub("", gold), _PERCENT.sub("", answer)))
   return "wrong" if wanted.readable and given.readable else "unparsed"
 
 
 def load(path: str) -> Callable[[tuple[str, str]], Finding]:
-  """`judge`, after it has run a module that makes math-verify faster, by its file: `shortcuts`."""
+  """`compare`, after it has run a module that makes math-verify faster, by its file: `shortcuts`."""
   spec = importlib.util.spec_from_file_location("math_shortcuts", path)
   spec.loader.exec_module(importlib.util.module_from_spec(spec))
-  return judge
+  return compare
 
 
 def _value(number: str) -> Fraction:

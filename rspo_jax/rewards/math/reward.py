@@ -1,4 +1,4 @@
-"""F3: the answer in a completion, and batches of answers judged by math-verify in workers that can be killed."""
+"""The answer in a completion, and batches of answers judged by math-verify in workers that can be killed."""
 
 import pathlib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from rspo_jax.rewards.base import RewardResult
 from rspo_jax.rewards.worker_pool import Outcome, WorkerPool
 from rspo_jax.tasks.answers import FORMS, How, extract_answer
 
-Why = Literal["right", "wrong", "no answer", "unparsed", "timeout", "failed"]
+Reason = Literal["right", "wrong", "no answer", "unparsed", "timeout", "failed"]
 
 _SHORTCUTS = str(pathlib.Path(__file__).with_name("shortcuts.py"))  # by its file: the package imports JAX
 
@@ -26,7 +26,7 @@ class MathVerdict(NamedTuple):
   """
 
   success: bool
-  why: Why
+  reason: Reason
   how: How
   answer: str = ""
 
@@ -93,19 +93,19 @@ class MathReward:
     self._pool.close()
 
   def __call__(self, text: str, example: Example) -> RewardResult:
-    return self.judge([text], [example])[0]
+    return self.score_batch([text], [example])[0]
 
-  def judge(self, texts: Sequence[str], examples: Sequence[Example]) -> list[RewardResult]:
+  def score_batch(self, texts: Sequence[str], examples: Sequence[Example]) -> list[RewardResult]:
     """texts[i] answers examples[i], whose gold is what `gold_answers` takes; ValueError for any other."""
     results = []
     for verdict in self.verdicts(texts, [example.gold for example in examples]):
-      marked = verdict.how in ("boxed", "####") and verdict.why in ("right", "wrong")
+      marked = verdict.how in ("boxed", "####") and verdict.reason in ("right", "wrong")
       reward = 1.0 if verdict.success else self._format_reward if marked else 0.0
-      results.append(RewardResult(reward, verdict.success, marked, verdict.why, verdict.answer))
+      results.append(RewardResult(reward, verdict.success, marked, verdict.reason, verdict.answer))
     return results
 
   def verdicts(self, texts: Sequence[str], golds: Sequence[Any]) -> list[MathVerdict]:
-    """As `judge`, with gold answers for examples."""
+    """As `score_batch`, with gold answers for examples."""
     wanted = [gold_answers(gold) for gold in golds]
     found = [extract_answer(text, self._forms) for text in texts]
     pairs = dict.fromkeys(
@@ -114,18 +114,18 @@ class MathReward:
       if answer is not None
       for gold in alternatives
     )
-    why = dict(zip(pairs, map(_why, self._pool.map(list(pairs))), strict=True))
+    reason_of = dict(zip(pairs, map(_reason, self._pool.map(list(pairs))), strict=True))
     verdicts = []
     for (answer, how), alternatives in zip(found, wanted, strict=True):
-      reasons = [why[gold, answer] for gold in alternatives] if answer is not None else ["no answer"]
-      reason = min(reasons, key=_PRECEDENCE.index)
-      verdicts.append(MathVerdict(reason == "right", reason, how, answer or ""))
+      reasons = [reason_of[gold, answer] for gold in alternatives] if answer is not None else ["no answer"]
+      chosen = min(reasons, key=_PRECEDENCE.index)
+      verdicts.append(MathVerdict(chosen == "right", chosen, how, answer or ""))
     return verdicts
 
 
 # Of several alternatives the first of these speaks.
-_PRECEDENCE: tuple[Why, ...] = ("right", "timeout", "failed", "unparsed", "wrong", "no answer")
+_PRECEDENCE: tuple[Reason, ...] = ("right", "timeout", "failed", "unparsed", "wrong", "no answer")
 
 
-def _why(outcome: Outcome) -> Why:
+def _reason(outcome: Outcome) -> Reason:
   return {"ok": outcome.value, "timeout": "timeout"}.get(outcome.status, "failed")

@@ -1,4 +1,4 @@
-"""F3: makes math-verify (0.9.0) faster, once imported, and changes nothing of what it finds. Needs nothing of ours.
+"""Makes math-verify (0.9.0) faster, once imported, and changes nothing of what it finds. Needs nothing of ours.
 
 Most of its time goes into ANTLR, which here builds a parse tree once for all texts of the same kinds of tokens, and
 into simplifying and solving what differs, which here is seen at a point: what is equal, is so at every point.

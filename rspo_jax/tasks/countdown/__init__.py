@@ -1,7 +1,7 @@
 """Countdown: reach a target with the given numbers, each used once. Problems, their answers and how they are made.
 
-`rspo_jax.tasks.countdown.dataset` keeps generated problems as a TFDS data set; it is imported on its own because TFDS is
-slow to import.
+`rspo_jax.tasks.countdown.dataset` keeps generated problems as a TFDS data set; it is imported on its own because TFDS
+is slow to import.
 """
 
 from rspo_jax.tasks.countdown.generate import (

@@ -1,4 +1,4 @@
-"""F3: the Countdown data set as a TFDS builder, written as array_record files and read without TensorFlow."""
+"""The Countdown data set as a TFDS builder, written as array_record files and read without TensorFlow."""
 
 import dataclasses
 from pathlib import Path
@@ -76,7 +76,7 @@ def worked_of(record: dict, operators: str) -> Worked:
   """One record as TFDS reads it. Raises (ValueError, KeyError) if it is not a problem with its two expressions."""
   problem = Problem(tuple(np.asarray(record["numbers"]).tolist()), np.asarray(record["target"]).item())
   worked = Worked(problem, record["demonstration"].decode("ascii"), record["wrong_demonstration"].decode("ascii"))
-  verdicts = check(worked.right, problem, operators).why, check(worked.wrong, problem, operators).why
+  verdicts = check(worked.right, problem, operators).reason, check(worked.wrong, problem, operators).reason
   if verdicts != ("right", "wrong value"):
     raise ValueError(f"{worked} has demonstrations that are judged {verdicts}, not right and wrong value")
   return worked

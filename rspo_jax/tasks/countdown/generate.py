@@ -1,4 +1,4 @@
-"""F3: makes Countdown problems with demonstrations, right and deliberately wrong.
+"""Makes Countdown problems with demonstrations, right and deliberately wrong.
 
 Problems come from random expressions, so each is solvable by construction. The expressions are drawn and evaluated
 many at a time in numpy, each value a pair of int64 (numerator, denominator) that is never reduced. That is exact as

@@ -1,4 +1,4 @@
-"""F3: Countdown problems. Reach a target with each given number exactly once and the four operations.
+"""Countdown problems. Reach a target with each given number exactly once and the four operations.
 
 As a prompt a problem reads `"3 7 12=22:"`; `"3+7+12"`, then the end of the sequence, answers it. Answers are judged
 by a parser of our own: no text is ever executed, arithmetic is exact, and no text makes it raise or run long.
@@ -60,7 +60,7 @@ class Verdict(NamedTuple):
   valid: bool
   value: Fraction | None
   right: bool
-  why: str
+  reason: str
 
 
 def canonical_operators(operators: str) -> str:
@@ -85,9 +85,9 @@ def check(text: str, problem: Problem, operators: str = OPERATORS) -> Verdict:
   """
   if len(text) > MAX_LENGTH:
     return Verdict(False, None, False, "too long")
-  postfix, why = _parse(text)
-  if why:
-    return Verdict(False, None, False, why)
+  postfix, reason = _parse(text)
+  if reason:
+    return Verdict(False, None, False, reason)
   if any(token in OPERATORS and token not in operators for token in postfix):
     return Verdict(False, None, False, "operator not allowed")
   if sorted(int(token) for token in postfix if token not in OPERATORS) != sorted(problem.numbers):

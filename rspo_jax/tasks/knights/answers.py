@@ -1,4 +1,4 @@
-r"""F3: reads who is what out of English prose that answers a Knights and Knaves problem.
+r"""Reads who is what out of English prose that answers a Knights and Knaves problem.
 
 A claim gives islanders a role: 'Bob is a knave', 'Bob must be a knave', 'Bob isn't a knight', 'Bob: knave', 'Alice and
 Bob are knights'. Upper and lower case, and marks such as ** or \text{}, make no difference.

@@ -1,4 +1,4 @@
-"""F3: the Knights and Knaves data set as a TFDS builder."""
+"""The Knights and Knaves data set as a TFDS builder."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""F3: makes Knights and Knaves problems, no two of them the same, with a wrong answer to each.
+"""Makes Knights and Knaves problems, no two of them the same, with a wrong answer to each.
 
 A problem's answer is drawn first, every assignment of roles as likely as any other, and then statements that fit it
 until nothing else fits them: so no answer is favoured, and guessing is right one time in 2^people.

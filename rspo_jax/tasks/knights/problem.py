@@ -1,4 +1,4 @@
-r"""F3: Knights and Knaves. Knights only tell the truth, knaves only lie: find out who is what.
+r"""Knights and Knaves. Knights only tell the truth, knaves only lie: find out who is what.
 
 Each islander makes one statement about them all, and exactly one assignment of roles fits what they say. As a compact
 prompt a problem reads `"A:!B;B:A&C;C:#2?"` (B is a knave; A and C are knights; exactly two of us are knights), and
@@ -67,7 +67,7 @@ class Verdict(NamedTuple):
 
   valid: bool
   right: bool
-  why: str
+  reason: str
   answer: str = ""
 
 
@@ -196,11 +196,11 @@ def check(text: str, problem: Problem, style: str = "compact") -> Verdict:
   people = len(problem.statements)
   if style == "compact":
     roles = compact_roles(text, people)
-    why = "not an answer"
+    reason = "not an answer"
   else:
-    roles, why = read(text, NAMES[:people])
+    roles, reason = read(text, NAMES[:people])
   if roles is None:
-    return Verdict(False, False, why)
+    return Verdict(False, False, reason)
   right = roles == problem.solution
   return Verdict(True, right, "right" if right else "wrong", answer_text(roles))
 

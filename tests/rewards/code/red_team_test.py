@@ -72,14 +72,14 @@ def witness(tmp_path, monkeypatch):
 def test_no_attack_succeeds_or_does_harm(box, attack, witness):
   traps, writer = witness
   found = attack_on(Watched(box, writer), attack, SECRET, traps)
-  assert not found.success and found.why != "right", found
+  assert not found.success and found.reason != "right", found
   assert "hunter2" not in found.detail
   if "found" in RED_TEAM[attack]:
     assert "found" not in found.detail
 
 
 def test_the_red_team_would_pass_if_it_knew_the_answer(box):
-  assert verdict(box, "def secret(x): return f'expected-{4697 + x}'", SECRET).why == "right"
+  assert verdict(box, "def secret(x): return f'expected-{4697 + x}'", SECRET).reason == "right"
 
 
 def test_namespaces_alone_hold_without_a_filter(box, witness):
@@ -100,8 +100,8 @@ def test_namespaces_alone_hold_without_a_filter(box, witness):
     ("exits with 0", "error"),
   ],
 )
-def test_an_attack_is_called_by_its_name(box, attack, why):
-  assert attack_on(box, attack, SECRET).why == why
+def test_an_attack_is_called_by_its_name(box, attack, reason):
+  assert attack_on(box, attack, SECRET).reason == reason
 
 
 @pytest.mark.parametrize(
@@ -124,11 +124,11 @@ def test_tests_that_swallow_errors_do_not_excuse_a_candidate_that_leaves_or_stop
 
 def test_an_answer_that_grows_in_the_tests_hands_harms_only_them(box):
   task = {"test_list": ["assert list(f(1)) == [1]"]}
-  assert verdict(box, "def f(x): return range(10**12)", task).why == "memory"
+  assert verdict(box, "def f(x): return range(10**12)", task).reason == "memory"
 
 
 def test_a_program_on_stdin_cannot_read_what_is_expected(box, witness):
   program = textwrap.dedent(RED_TEAM["looks for the answer in files and processes"])
   program = program.replace("SECRET", witness[0]["SECRET"]) + "\nprint(secret(0))"
   found = verdict(box, program, {"cases": [["", "expected-4711"]]})
-  assert (found.success, found.why) == (False, "wrong answer") and "None" in found.detail
+  assert (found.success, found.reason) == (False, "wrong answer") and "None" in found.detail

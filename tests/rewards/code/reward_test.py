@@ -11,7 +11,7 @@ from rspo_jax.data.examples import Example
 from rspo_jax.rewards.base import RewardResult, score_completions
 from rspo_jax.rewards.code import sandbox
 from rspo_jax.rewards.code.harness import assemble
-from rspo_jax.rewards.code.reward import CodeReward, CodeTask, extract_code, judge, task_of
+from rspo_jax.rewards.code.reward import CodeReward, CodeTask, extract_code, run_task, task_of
 from rspo_jax.rewards.code.sandbox import Sandbox, find_sandbox, sandbox_of
 from rspo_jax.rewards.code.sandbox_process import Limits
 from tests.support.code_cases import verdict
@@ -149,9 +149,9 @@ def check(candidate):
     ("```python\n```", "no code"),
   ],
 )
-def test_a_function_is_judged_by_check(box, completion, why):
+def test_a_function_is_judged_by_check(box, completion, reason):
   found = verdict(box, completion, CHECKED)
-  assert (found.success, found.why) == (why == "right", why), found
+  assert (found.success, found.reason) == (reason == "right", reason), found
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_function_is_judged_by_check(box, completion, why):
     (["assert True"], "error"),
   ],
 )
-def test_a_program_is_judged_by_asserts(box, asserts, why):
+def test_a_program_is_judged_by_asserts(box, asserts, reason):
   program = """
 import collections, math
 def total(numbers): return math.fsum(numbers)
@@ -180,7 +180,7 @@ class Box:
 def weight(box): return box.weight
 """
   found = verdict(box, program, {"test_list": asserts})
-  assert found.why == why, found
+  assert found.reason == reason, found
 
 
 def test_builtins_in_asserts_are_not_the_candidates(box):
@@ -213,9 +213,9 @@ ECHO = {"inputs": ["2\n1 2\n3 4\n", "0\n"], "outputs": ["3\n7\n", ""]}
     ("This adds numbers.", "no code"),
   ],
 )
-def test_a_program_is_judged_by_what_it_writes(box, program, why):
+def test_a_program_is_judged_by_what_it_writes(box, program, reason):
   found = verdict(box, program, ECHO)
-  assert (found.success, found.why) == (why == "right", why), found
+  assert (found.success, found.reason) == (reason == "right", reason), found
 
 
 def test_methods_can_be_tested_and_exceptions_keep_their_kind(box):
@@ -237,7 +237,7 @@ class Solution:
     if x < 0: raise Mine('no')
     return x * x
 """
-  assert verdict(box, program, task).why == "right"
+  assert verdict(box, program, task).reason == "right"
   assert not verdict(box, program.replace("x * x", "x + 3"), task).success
 
 
@@ -257,11 +257,11 @@ def test_a_batch_is_judged_side_by_side_and_stays_in_order(box):
   texts = ["  return x // 2\n", "  return x\n", "  import os; os._exit(0)\n", "  return ("] * 3
   scores = score_completions(CodeReward(workers=3), texts, [Example(PROMPT, CHECKED)] * len(texts))
   assert scores.success.tolist() == scores.reward.tolist() == [True, False, False, False] * 3
-  assert scores.why == ("right", "wrong answer", "error", "no code") * 3
+  assert scores.reason == ("right", "wrong answer", "error", "no code") * 3
 
 
 def test_settings_of_the_reward_are_checked(box):
-  assert CodeReward(cpu_seconds=1)("  while True: pass\n", Example(PROMPT, CHECKED)).why == "timeout"
+  assert CodeReward(cpu_seconds=1)("  while True: pass\n", Example(PROMPT, CHECKED)).reason == "timeout"
   for settings_, message in (
     ({"workers": 0}, "workers is 0"),
     ({"seconds": 1}, "no limit seconds"),
@@ -286,8 +286,12 @@ def test_weak_isolation_is_refused_unless_asked_for(monkeypatch):
 
 def test_limits_alone_judge_alike():
   weak = sandbox_of("rlimits")
-  for completion, why in (("  return x // 2\n", "right"), ("  return x\n", "wrong answer"), ("  return (", "no code")):
-    assert verdict(weak, completion, CHECKED).why == why
+  for completion, reason in (
+    ("  return x // 2\n", "right"),
+    ("  return x\n", "wrong answer"),
+    ("  return (", "no code"),
+  ):
+    assert verdict(weak, completion, CHECKED).reason == reason
   assert verdict(weak, "print(sum(map(int, input().split())))", {"cases": [["1 2", "3"]]}).success
 
 
@@ -317,7 +321,7 @@ def right_and_corrupted(box, record):
   task, solution = task_of(record), record["canonical_solution"]
   whole = f"So:\n```python\n{record['prompt']}{solution}\n```\n"
   corrupted = solution + CORRUPT.format(name=record["entry_point"])
-  return [judge(text, task, sandbox=box).why for text in (solution, whole, corrupted)]
+  return [run_task(text, task, sandbox=box).reason for text in (solution, whole, corrupted)]
 
 
 @pytest.mark.parametrize("number", [0, 4, 32, 38, 50, 53, 95, 115, 129, 162])

@@ -13,7 +13,7 @@ from math_verify import verify
 from rspo_jax.data.examples import Example
 from rspo_jax.rewards.base import score_completions
 from rspo_jax.rewards.math import equivalence, shortcuts  # noqa: F401  it makes math-verify fast
-from rspo_jax.rewards.math.equivalence import _PREPARATIONS, _parse, judge
+from rspo_jax.rewards.math.equivalence import _PREPARATIONS, _parse, compare
 from rspo_jax.rewards.math.reward import MathReward, MathVerdict, Why, gold_answers
 from rspo_jax.rewards.table import make_reward
 from rspo_jax.rewards.worker_pool import Outcome
@@ -124,14 +124,14 @@ def test_extraction_takes_time_linear_in_the_text(piece):
 
 @pytest.mark.parametrize(("gold", "answer"), PREPARED)
 def test_what_math_verify_alone_cannot_read_is_prepared_for_it(gold, answer):
-  assert judge((gold, answer)) == "right"
+  assert compare((gold, answer)) == "right"
 
 
 @pytest.mark.parametrize(("gold", "answer"), STRICTER)
 def test_what_math_verify_takes_for_equal_by_mistake_is_not_right(gold, answer):
   assert verify(plain(gold), plain(answer))
-  assert judge((gold, answer)) in ("wrong", "unparsed")
-  assert judge((gold, gold)) == "right"
+  assert compare((gold, answer)) in ("wrong", "unparsed")
+  assert compare((gold, gold)) == "right"
 
 
 @pytest.mark.parametrize("place", range(len(_PREPARATIONS)))
@@ -140,8 +140,8 @@ def test_no_preparation_is_idle(monkeypatch, place):
   pattern, _ = steps.pop(place)
   monkeypatch.setattr(equivalence, "_PREPARATIONS", steps)
   monkeypatch.setattr(equivalence, "_parse_gold", _parse)
-  changed = [judge(pair) != "right" for pair in PREPARED]
-  changed += [judge(pair) == "right" for pair in STRICTER]
+  changed = [compare(pair) != "right" for pair in PREPARED]
+  changed += [compare(pair) == "right" for pair in STRICTER]
   assert any(changed), f"nothing needs {pattern.pattern}"
 
 
@@ -165,7 +165,7 @@ NUMBERS = st.one_of(
 def test_numbers_are_judged_as_math_verify_judges_them(gold, other, times):
   same = re.sub(r"(\d+)(\D+)(\d+)(?=\}?$)", lambda m: f"{times * int(m[1])}{m[2]}{times * int(m[3])}", gold)
   for answer in (gold, other, same if "/" in gold or "frac" in gold else gold + ".0" * ("." not in gold)):
-    assert (judge((gold, answer)) == "right") == verify(plain(gold), plain(answer))
+    assert (compare((gold, answer)) == "right") == verify(plain(gold), plain(answer))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_numbers_are_judged_as_math_verify_judges_them(gold, other, times):
   ],
 )
 def test_what_cannot_be_read_is_unparsed_unless_it_is_the_same_text(gold, answer, found):
-  assert judge((gold, answer)) == found
+  assert compare((gold, answer)) == found
 
 
 # Batches
@@ -198,8 +198,8 @@ def test_every_reason_is_given_and_a_hanging_answer_costs_only_itself():
     begin = time.monotonic()
     scores = score_completions(reward, texts, [Example("x", "5")] * len(texts))
     assert time.monotonic() - begin < 10
-  assert scores.why == ("right", "wrong", "no answer", "unparsed", "timeout", "right", "right", "wrong")
-  assert scores.success.tolist() == [why == "right" for why in scores.why]
+  assert scores.reason == ("right", "wrong", "no answer", "unparsed", "timeout", "right", "right", "wrong")
+  assert scores.success.tolist() == [reason == "right" for reason in scores.reason]
   assert scores.format.tolist() == [True, True, False, False, False, True, False, False]
   assert scores.reward.tolist() == [1, 0.25, 0, 0, 0, 1, 1, 0]
 
@@ -220,7 +220,7 @@ def test_equal_answers_to_equal_gold_answers_are_judged_once(reward, monkeypatch
 def test_any_alternative_is_right_and_all_parts_are_wanted(reward):
   golds = [["7", r"\frac{1}{2}"], [["1", "2"], "3"], ("3",)]
   texts = [r"\boxed{0.5}", r"\boxed{2, 1}", r"\boxed{1}"]
-  assert [verdict.why for verdict in reward.verdicts(texts, golds)] == ["right", "right", "wrong"]
+  assert [verdict.reason for verdict in reward.verdicts(texts, golds)] == ["right", "right", "wrong"]
 
 
 @pytest.mark.parametrize("gold", [5, None, [], "", [" "], [[]], {"a": 1}])
@@ -287,7 +287,7 @@ def judged(reward, golds):
   right = [(gold.answer, name, text) for gold in golds for name, text in math_cases.right(gold).items()]
   wrong = [(gold.answer, name, text) for gold in golds for name, text in math_cases.wrong(gold).items()]
   verdicts = reward.verdicts([text for *_, text in right + wrong], [gold for gold, *_ in right + wrong])
-  missed = [(*case, verdict.why) for case, verdict in zip(right, verdicts, strict=False) if not verdict.success]
+  missed = [(*case, verdict.reason) for case, verdict in zip(right, verdicts, strict=False) if not verdict.success]
   taken = [case for case, verdict in zip(wrong, verdicts[len(right) :], strict=True) if verdict.success]
   return missed, taken, len(right), len(wrong)
 

@@ -1,0 +1,28 @@
+"""Reading small files, with errors that name the file and the cure."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: str | Path, *, absent_ok: bool = False, cure: str = "Download it again.") -> dict[str, Any]:
+  """The object in a JSON file.
+
+  Args:
+    absent_ok: an absent file reads as {}.
+    cure: what to do about a file that cannot be read, for the message.
+  Raises:
+    ValueError: the file is absent, is no JSON, or holds something else than an object; names the file.
+  """
+  path = Path(path)
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    if absent_ok:
+      return {}
+    raise ValueError(f"{path} is absent. {cure}") from None
+  except ValueError as error:
+    raise ValueError(f"{path} cannot be read: it is not JSON ({error}). {cure}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} cannot be read: it holds a {type(value).__name__}, not an object. {cure}")
+  return value
