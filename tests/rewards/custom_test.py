@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from rspo_jax.data.examples import Example
+from rspo_jax.lookup import is_path
 from rspo_jax.rewards.base import RewardResult, close, reason_counts, score_completions
-from rspo_jax.rewards.custom import as_result, is_path
+from rspo_jax.rewards.custom import as_result
 from rspo_jax.rewards.table import check_reward, make_reward
 
 MODULE = """
