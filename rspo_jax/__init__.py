@@ -6,7 +6,18 @@ bottom.
 """
 
 from rspo_jax.mesh import make_layout
-from rspo_jax.objectives import OBJECTIVES, MismatchOptions, cispo, gmpo, group_advantages, grpo, gspo, policy_loss
+from rspo_jax.objectives import (
+  OBJECTIVES,
+  MismatchOptions,
+  aggregate,
+  cispo,
+  gmpo,
+  group_advantages,
+  grpo,
+  gspo,
+  make_objective,
+  policy_loss,
+)
 from rspo_jax.rollout import SamplingOptions, sample
 from rspo_jax.router import ShiftOptions, router_drift, router_log_shift
 from rspo_jax.training import UpdateOptions, init_state, jit_step, make_train_step, score
@@ -24,6 +35,7 @@ __all__ = [
   "TrainBatch",
   "TrainState",
   "UpdateOptions",
+  "aggregate",
   "cispo",
   "gmpo",
   "group_advantages",
@@ -32,6 +44,7 @@ __all__ = [
   "init_state",
   "jit_step",
   "make_layout",
+  "make_objective",
   "make_train_step",
   "policy_loss",
   "router_drift",

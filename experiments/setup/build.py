@@ -21,7 +21,7 @@ from rspo_jax.objectives.table import OBJECTIVES, Recipe
 from rspo_jax.rewards.table import Reward, make_reward
 from rspo_jax.rollout.continuous import ContinuousSampler
 from rspo_jax.rollout.sampling import SamplingOptions, sample
-from rspo_jax.router.shift import ShiftOptions, linear_floor
+from rspo_jax.router.shift import ShiftOptions
 from rspo_jax.tokenization.basic import Tokenizer, pad_left
 from rspo_jax.training.loss import UpdateOptions
 from rspo_jax.types import Array, Layout, Params, Policy, Rollout
@@ -177,20 +177,25 @@ def update_options(config: ExperimentConfig) -> UpdateOptions:
   o, r, m = config.objective, config.router, config.mismatch
   shift = None
   if r.shift:
-    begin = config.warm_start.steps  # a train state counts the updates of both phases
-    floor = (
-      linear_floor(r.shift_floor_start, r.shift_floor, r.shift_floor_updates, begin=begin)
-      if r.shift_floor_updates
-      else r.shift_floor
+    shift = ShiftOptions(
+      floor=r.shift_floor,
+      floor_start=r.shift_floor_start,
+      floor_updates=r.shift_floor_updates,
+      # A train state counts the updates of both phases.
+      floor_begin=config.warm_start.steps if r.shift_floor_updates else 0,
+      placement=r.placement,
+      deviation=r.deviation,
+      layers=r.layers,
+      level=r.level,
     )
-    shift = ShiftOptions(floor, r.placement, r.deviation, r.layers, r.level)
   chosen = recipe(config)
   return UpdateOptions(
     objective=chosen.objective,
     aggregation=chosen.aggregation,
     norm_length=o.norm_length or config.sampling.max_new_tokens,
     shift=shift,
-    replay="none" if r.replay == "none" else "experts_and_gates" if r.replay_gates else "experts",
+    replay=r.replay,
+    replay_gates=r.replay_gates,
     mismatch=None if m.correction == "none" else MismatchOptions(m.correction, m.level, m.upper, m.lower),
     kl_coefficient=o.kl_coefficient if o.kl_in == "loss" else 0.0,
     kl_estimator=o.kl_estimator,

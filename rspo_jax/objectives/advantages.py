@@ -4,6 +4,8 @@ Everything here is taken over the whole rollout, before it is cut into minibatch
 cut. Rows that are filtered out (`keep`) neither get an advantage nor move the baseline of the others.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,35 @@ from rspo_jax.types import Array
 
 BASELINES = ("group_mean", "leave_one_out", "none")
 SCALES = ("group_std", "batch_std", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageOptions:
+  """How rewards become advantages (`compute_advantages`).
+
+  Attributes:
+    baseline: subtracted from the reward, one of `BASELINES`: "group_mean" (GRPO); "leave_one_out" (RLOO), the mean of
+      the group's other samples; "none". None: that of the objective's recipe (`rspo_jax.objectives.table.OBJECTIVES`).
+    scale: one of `SCALES`: "group_std" divides by the standard deviation of the group (GRPO); "batch_std" whitens the
+      advantages of all tokens of the rollout (REINFORCE++), which gives [B, T]; "none" (Dr.GRPO). None: that of the
+      objective's recipe.
+    ddof: the group's deviation divides by n - ddof: 1 (torch; TRL, verl) or 0 (numpy). Less than the size of a group.
+    epsilon: added to the group's deviation, in the reward's unit, > 0 (verl 1e-6, TRL 1e-4).
+  """
+
+  baseline: str | None = None
+  scale: str | None = None
+  ddof: int = 1
+  epsilon: float = 1e-6
+
+  def __post_init__(self):
+    for name, known in (("baseline", BASELINES), ("scale", SCALES)):
+      if getattr(self, name) not in (None, *known):
+        raise ValueError(f"{name} is {getattr(self, name)!r}; want one of {known}, or None for the objective's own.")
+    if self.ddof < 0 or not self.epsilon > 0:
+      raise ValueError(
+        f"ddof is {self.ddof} and epsilon {self.epsilon}; want ddof >= 0 (1, or 0 as numpy), epsilon > 0."
+      )
 
 
 def _checked(reward: Array, group: int | Array, keep: Array | None) -> tuple[Array, Array, Array]:
@@ -148,3 +179,34 @@ def whiten(x: Array, mask: Array, *, ddof: int = 1, epsilon: float = 1e-8) -> Ar
   centred = jnp.where(mask, x - x.sum() / jnp.maximum(count, 1), 0)
   variance = jnp.sum(centred**2) / jnp.maximum(count - ddof, 1)
   return jax.lax.stop_gradient(jnp.where(count > ddof, centred * jax.lax.rsqrt(variance + epsilon), 0))
+
+
+def compute_advantages(
+  reward: Array,
+  mask: Array,
+  *,
+  group: int | Array,
+  baseline: str,
+  scale: str,
+  ddof: int = 1,
+  epsilon: float = 1e-6,
+  penalty: Array | None = None,
+) -> Array:
+  """Advantages of a whole rollout: of rows, or of tokens for scale "batch_std".
+
+  Args:
+    reward: [B]. mask: [B, T] bool, the tokens the policy sampled.
+    group, baseline, scale, ddof, epsilon: see `group_advantages`.
+    penalty: [B, T], cost of each token, in the reward's unit (a KL coefficient times
+      `rspo_jax.objectives.penalties.kl`). Its sum over the row is subtracted from the reward; with "batch_std", the
+      sum from each token on is subtracted from that token's advantage (`token_advantages`).
+  Returns:
+    [B] float32; for "batch_std" [B, T], whitened over the mask and 0 outside it. No gradient.
+  Raises:
+    ValueError: as `group_advantages`.
+  """
+  per_token = scale == "batch_std"
+  if penalty is not None and not per_token:
+    reward = reward - jnp.where(mask, penalty, 0).sum(axis=1)
+  advantage = group_advantages(reward, group, baseline=baseline, scale=scale, ddof=ddof, epsilon=epsilon)
+  return whiten(token_advantages(advantage, mask, penalty=penalty), mask) if per_token else advantage

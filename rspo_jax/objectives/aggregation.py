@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from rspo_jax.types import Array, Weighted
 
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
+DEFAULT_AGGREGATION = "seq_mean_token_mean"
 
 
 def aggregation_weight(mask: Array, mode: str) -> Array:

@@ -10,7 +10,6 @@ clip (arXiv 2510.23027v2). The others are there to be compared with it.
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +23,28 @@ LEVELS = ("token", "sequence")
 
 @dataclasses.dataclass(frozen=True)
 class ShiftOptions:
-  """How router shift is measured and where it enters.
+  """How router shift is measured and where it enters the objective. The defaults are the paper's.
 
   Attributes:
-    floor: gamma_min, smallest trust, in (0, 1]; 1 switches router shift off. Or a schedule: updates taken -> floor.
-    placement: where the trust enters an objective, one of `rspo_jax.types.PLACEMENTS`.
+    floor: gamma_min, the smallest trust, in (0, 1]. 1 switches router shift off.
+    floor_start: the floor before its schedule begins, in (0, 1]; read only if floor_updates > 0.
+    floor_updates: the floor moves linearly from `floor_start` to `floor` over this many updates, then stays. 0: the
+      floor is constant.
+    floor_begin: updates before the schedule begins. A train state counts all its updates, also those of a warm start.
+    placement: where the trust enters an objective, one of `rspo_jax.types.PLACEMENTS`: "before_clip", the ratio times
+      trust is clipped (version 2 of the paper); "after_clip", the clipped term times trust (version 1); "weight", the
+      same, but it never amplifies a term (only `gmpo` distinguishes the two).
     deviation: "abs", mean over the old experts of |change of log-probability|, nats; "squared", mean of its square,
-      nats^2; "kl", KL(old || new) of the router over all experts, nats (the trace then keeps all E of them); "overlap",
-      1 - |old and new top-k| / K.
-    layers: "mean", "sum" or "max" over the mixture-of-experts layers.
+      nats^2; "kl", KL(old || new) of the router over all experts, nats (the trace then stores the log-probabilities of
+      all E experts); "overlap", 1 - |old and new top-k| / K.
+    layers: how the deviations of the mixture-of-experts layers are combined: "mean", "sum" or "max".
     level: "token", or "sequence": the mean over the row's tokens, one trust for all of them.
   """
 
-  floor: float | Callable[[Array], Array] = 0.8
+  floor: float = 0.8
+  floor_start: float = 1.0
+  floor_updates: int = 0
+  floor_begin: int = 0
   placement: str = "before_clip"
   deviation: str = "abs"
   layers: str = "mean"
@@ -51,30 +59,25 @@ class ShiftOptions:
     ):
       if getattr(self, name) not in known:
         raise ValueError(f"router shift's {name} is {getattr(self, name)!r}; want one of {known}.")
-    if not callable(self.floor):
-      _check_floor(self.floor)
+    _check_floor(self.floor, "floor")
+    _check_floor(self.floor_start, "floor_start")
+    if self.floor_updates < 0 or self.floor_begin < 0:
+      raise ValueError(
+        f"floor_updates is {self.floor_updates} and floor_begin {self.floor_begin}; want both >= 0. Use "
+        "floor_updates=0 for a constant floor."
+      )
 
-  def floor_at(self, step: Array) -> float | Array:
-    """The floor after `step` updates."""
-    return self.floor(step) if callable(self.floor) else self.floor
-
-
-def linear_floor(start: float, end: float, updates: int, *, begin: int = 0) -> Callable[[Array], Array]:
-  """A schedule for `ShiftOptions.floor`: from `start` to `end` over `updates` updates after the first `begin`.
-
-  Raises:
-    ValueError: a floor outside (0, 1], or updates < 1.
-  """
-  _check_floor(start)
-  _check_floor(end)
-  if updates < 1:
-    raise ValueError(f"updates is {updates}; want at least 1 (a constant floor is a plain number).")
-  return lambda step: start + (end - start) * jnp.clip((step - begin) / updates, 0.0, 1.0)
+  def floor_at(self, step: int | Array) -> float | Array:
+    """The floor after `step` updates: a float if it is constant, else a [] float32."""
+    if not self.floor_updates:
+      return self.floor
+    progress = jnp.clip((step - self.floor_begin) / self.floor_updates, 0.0, 1.0)
+    return self.floor_start + (self.floor - self.floor_start) * progress
 
 
-def _check_floor(floor: float) -> None:
+def _check_floor(floor: float, name: str) -> None:
   if not 0.0 < floor <= 1.0:
-    raise ValueError(f"floor is {floor}; want a value in (0, 1]. Use 1.0 to switch router shift off.")
+    raise ValueError(f"{name} is {floor}; want a value in (0, 1]. Use 1.0 to switch router shift off.")
 
 
 def router_drift(new_log_prob: Array, old_log_prob: Array, *, squared: bool = False) -> Array:
@@ -151,6 +154,6 @@ def router_log_shift(drift: Array, *, floor: float | Array) -> Array:
   if isinstance(floor, jax.Array):
     lowest = jnp.log(floor)
   else:
-    _check_floor(floor)
+    _check_floor(floor, "floor")
     lowest = math.log(floor)
   return jax.lax.stop_gradient(jnp.maximum(-drift.astype(jnp.float32), lowest))

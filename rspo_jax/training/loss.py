@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rspo_jax.objectives import penalties
-from rspo_jax.objectives.aggregation import AGGREGATIONS, aggregate, aggregation_weight
+from rspo_jax.objectives.aggregation import AGGREGATIONS, DEFAULT_AGGREGATION, aggregate, aggregation_weight
 from rspo_jax.objectives.mismatch import MismatchOptions, mismatch_weight
 from rspo_jax.objectives.sequence_level import gmpo
 from rspo_jax.objectives.terms import Objective
@@ -23,37 +23,50 @@ from rspo_jax.training.parameters import stop_gradients
 from rspo_jax.training.scoring import token_log_prob
 from rspo_jax.types import Array, Params, Policy, TrainBatch, TrainState
 
-REPLAYS = ("none", "experts", "experts_and_gates")
+REPLAYS = ("none", "scoring", "sampler")
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateOptions:
-  """What an update optimises, and in how many pieces.
+  """The loss of an update, and how its computation is divided.
 
   Attributes:
     objective: a function of `rspo_jax.objectives.token_level` or `rspo_jax.objectives.sequence_level`; bind its
-      options (clip bounds, ...) with functools.partial. The placement of router shift is bound from `shift`.
-    aggregation, norm_length: how tokens and rows are averaged, see `rspo_jax.objectives.aggregation.aggregate`.
-    shift: router shift, or None to take no notice of the routing trace: the base objective.
-    replay: "none"; "experts", every token keeps the experts of its trace (routing replay) under the live router's
-      gates; "experts_and_gates", it keeps both.
-    mismatch: correction for a sampler that is not the trainer, or None.
-    kl_coefficient, kl_estimator: of the KL term to the reference policy in the loss, per nat; 0 is off.
+      options (clip bounds, ...) with functools.partial, or use `rspo_jax.objectives.make_objective`. The placement of
+      router shift is bound from `shift`.
+    aggregation: how the terms of tokens are averaged, one of `rspo_jax.objectives.aggregation.AGGREGATIONS`. None:
+      "seq_mean_token_mean". (An experiment puts the aggregation of the objective's recipe here.)
+    norm_length: tokens, >= 1: the constant divisor of "seq_mean_token_sum_norm", the largest number of new tokens of a
+      completion. Only that aggregation reads it.
+    shift: router shift; None for the base objective, which reads no routing trace.
+    replay: routing replay: which experts the update repeats instead of choosing them again. "none"; "scoring" (R2),
+      those of the forward that gave the old log-probs; "sampler" (R3, arXiv 2510.11370), scoring repeats the sampler's
+      experts, and the update repeats those of scoring. To the update both mean: the experts of `batch.old_routing`.
+    replay_gates: repeat the gates of `batch.old_routing` too, as constants: the objective then gives the routers no
+      gradient. False: the gates come from the current router, with gradient. Without a replay it has no effect on the
+      update.
+    mismatch: correction for a sampler whose log-probs differ from the trainer's; None is off.
+    kl_coefficient: of the KL term to the reference policy in the loss, per nat; 0 is off.
+    kl_estimator: of that KL, one of `rspo_jax.objectives.penalties.KL_ESTIMATORS`; "k2" or "k3" in a loss.
     entropy_coefficient: of an entropy bonus, per nat; 0 is off.
-    load_balance_coefficient, router_z_coefficient: of the auxiliary losses of `rspo_jax.router.balance`, over all valid
-      tokens; 0 is off. With microbatches or pmap they cost one more forward, so that the first stays exact.
-    router_bias_rate: step of the bias on the experts' choice after every update; 0 is off.
-    frozen: patterns of parameter paths that get no gradient; freeze them in the optimizer too
-      (`rspo_jax.training.parameters.freeze`), or weight decay moves them.
-    microbatches: pieces a minibatch is cut into to save memory; the update is the same.
-    logits_chunk: positions whose logits are held at once.
+    load_balance_coefficient: of `rspo_jax.router.balance.load_balance_loss` over all valid tokens; 0 is off. With
+      microbatches or pmap, the balance losses cost one additional forward, because the load-balance loss needs the
+      choices of the whole minibatch.
+    router_z_coefficient: of `rspo_jax.router.balance.router_z_loss` over all valid tokens, per nat^2; 0 is off.
+    router_bias_rate: step of the bias on the expert choice after every update, in the unit of the router's scores; 0 is
+      off. Needs a model with such a bias.
+    frozen: patterns of parameter paths that get no gradient (`rspo_jax.training.parameters`). Freeze them in the
+      optimizer too (`freeze` there); otherwise weight decay moves them.
+    microbatches: equal pieces that a minibatch is processed in, to save memory, >= 1; the update is the same.
+    logits_chunk: positions whose logits exist at the same time, >= 1.
   """
 
   objective: Objective = gmpo
-  aggregation: str = "seq_mean_token_mean"
+  aggregation: str | None = None
   norm_length: int | None = None
   shift: ShiftOptions | None = dataclasses.field(default_factory=ShiftOptions)
   replay: str = "none"
+  replay_gates: bool = False
   mismatch: MismatchOptions | None = None
   kl_coefficient: float = 0.0
   kl_estimator: str = "k3"
@@ -66,7 +79,11 @@ class UpdateOptions:
   logits_chunk: int = 128
 
   def __post_init__(self):
-    for name, known in (("aggregation", AGGREGATIONS), ("replay", REPLAYS), ("kl_estimator", penalties.KL_ESTIMATORS)):
+    for name, known in (
+      ("aggregation", (None, *AGGREGATIONS)),
+      ("replay", REPLAYS),
+      ("kl_estimator", penalties.KL_ESTIMATORS),
+    ):
       if getattr(self, name) not in known:
         raise ValueError(f"{name} is {getattr(self, name)!r}; want one of {known}.")
     if self.aggregation == "seq_mean_token_sum_norm" and not (self.norm_length and self.norm_length > 0):
@@ -80,6 +97,11 @@ class UpdateOptions:
   @property
   def uses_balance_losses(self) -> bool:
     return bool(self.load_balance_coefficient or self.router_z_coefficient)
+
+  @property
+  def needs_trace(self) -> bool:
+    """Whether the update reads `batch.old_routing`."""
+    return self.shift is not None or self.replay != "none"
 
 
 class LossAux(NamedTuple):
@@ -114,9 +136,11 @@ def make_loss(policy: Policy, options: UpdateOptions) -> Callable[..., tuple[Arr
   else:
     objective = options.objective
 
+  mode = options.aggregation or DEFAULT_AGGREGATION
+
   def mean_of(values: Array, mask: Array, norms: Normalisers) -> Array:
     values = jnp.where(mask, values, 0)
-    return aggregate(values, mask, options.aggregation, norm_length=options.norm_length).total / norms.weight
+    return aggregate(values, mask, mode, norm_length=options.norm_length).total / norms.weight
 
   def loss(params: Params, batch: TrainBatch, norms: Normalisers) -> tuple[Array, LossAux]:
     mask = batch.action_mask
@@ -182,7 +206,8 @@ def normalisers(
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
   # At least 1, so that an empty minibatch gives 0 and not NaN.
-  weight = jnp.maximum(everywhere(aggregation_weight(batch.action_mask, options.aggregation)), 1)
+  mode = options.aggregation or DEFAULT_AGGREGATION
+  weight = jnp.maximum(everywhere(aggregation_weight(batch.action_mask, mode)), 1)
   tokens = jnp.maximum(everywhere(batch.valid.sum()), 1)
   choices = None
   if options.uses_balance_losses and (pieces > 1 or axis_name is not None):
@@ -217,7 +242,7 @@ def _watched_forward(policy: Policy, params: Params, batch: TrainBatch, options:
   load = balance.balance_probe(batch.valid) if options.uses_balance_losses else lambda router, probe_inputs: None
   replay = None
   if options.replay != "none":
-    replay = replay_from_trace(batch.old_routing, gates=options.replay == "experts_and_gates")
+    replay = replay_from_trace(batch.old_routing, gates=options.replay_gates)
   hidden, (seen, balanced) = policy.forward(
     params,
     batch.tokens,

@@ -111,7 +111,7 @@ def test_every_named_objective_makes_an_update_with_its_own_surroundings(name):
 def test_the_floor_schedule_begins_with_rl():
   given = changed(router__shift_floor_updates=10, router__shift_floor_start=1.0, router__shift_floor=0.5)
   config = read_config(given)
-  floor = update_options(config).shift.floor
+  floor = update_options(config).shift.floor_at
   begin = config.warm_start.steps
   assert [float(floor(begin + step)) for step in (0, 5, 10, 99)] == [1.0, 0.75, 0.5, 0.5]
 

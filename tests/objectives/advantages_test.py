@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from rspo_jax.objectives.advantages import (
   BASELINES,
   SCALES,
+  AdvantageOptions,
+  compute_advantages,
   group_advantages,
   token_advantages,
   whiten,
@@ -183,6 +185,32 @@ def test_whitening_over_tokens_weighs_a_row_by_its_length():
   mask = np.asarray([[True] * 3, [True, False, False]])
   got = whiten(np.where(mask, [[1.0], [-3.0]], 0).astype(np.float32), mask, ddof=0)
   np.testing.assert_allclose(got, [[1 / math.sqrt(3)] * 3, [-math.sqrt(3), 0, 0]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("with_penalty", [False, True])
+def test_advantages_of_a_rollout_are_those_of_its_parts(scale, with_penalty):
+  rng = np.random.default_rng(3)
+  mask = rng.random((8, 5)) < 0.6
+  penalty = np.where(mask, rng.random(mask.shape), np.nan).astype(np.float32) if with_penalty else None
+  options = dict(baseline="group_mean", scale=scale, ddof=0, epsilon=0.1)
+  got = jax.jit(functools.partial(compute_advantages, group=4, **options))(REWARD, mask, penalty=penalty)
+  rows = functools.partial(group_advantages, group=4, **options)
+  if scale == "batch_std":
+    want = whiten(token_advantages(rows(REWARD), mask, penalty=penalty), mask)
+    assert got.shape == mask.shape and abs(float(got.sum())) < 1e-5
+  else:
+    want = rows(REWARD - (np.nansum(penalty, axis=1) if with_penalty else 0))
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "wrong", [{"baseline": "mean"}, {"scale": "std"}, {"ddof": -1}, {"epsilon": 0.0}, {"epsilon": float("nan")}], ids=str
+)
+def test_impossible_advantage_options_are_refused(wrong):
+  with pytest.raises(ValueError, match=rf"{next(iter(wrong))} .*want"):
+    AdvantageOptions(**wrong)
+  assert AdvantageOptions() == AdvantageOptions(None, None, 1, 1e-6)
 
 
 @pytest.mark.parametrize("function", [group_advantages, zero_variance, zero_variance_fraction])

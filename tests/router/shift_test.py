@@ -16,7 +16,6 @@ from rspo_jax.router.shift import (
   combine_deviation,
   expert_overlap,
   layer_deviation,
-  linear_floor,
   router_drift,
   router_kl,
   router_log_shift,
@@ -140,16 +139,16 @@ def test_a_floor_outside_its_range_is_named_with_its_cure(floor):
   for make in (
     lambda: router_log_shift(jnp.zeros((1, 1)), floor=floor),
     lambda: ShiftOptions(floor=floor),
-    lambda: linear_floor(floor, 0.8, 10),
-    lambda: linear_floor(0.8, floor, 10),
+    lambda: ShiftOptions(floor_start=floor),
+    lambda: ShiftOptions(floor_start=floor, floor_updates=10),
   ):
-    with pytest.raises(ValueError, match=r"floor is .*want a value in \(0, 1\]. Use 1.0 to switch"):
+    with pytest.raises(ValueError, match=r"floor\w* is .*want a value in \(0, 1\]. Use 1.0 to switch"):
       make()
 
 
 @eager_and_jitted
 def test_a_floor_may_follow_a_line(way):
-  options = ShiftOptions(floor=linear_floor(1.0, 0.8, 10, begin=4))
+  options = ShiftOptions(floor=0.8, floor_updates=10, floor_begin=4)
   floor = way(options.floor_at)
   for step, want in ((0, 1.0), (4, 1.0), (9, 0.9), (14, 0.8), (1000, 0.8)):
     np.testing.assert_allclose(floor(jnp.asarray(step, jnp.int32)), want, rtol=1e-6)
@@ -163,6 +162,7 @@ def test_a_constant_floor_does_not_move():
 
 def test_the_papers_choices_are_the_defaults():
   options = ShiftOptions()
+  assert options.floor_updates == options.floor_begin == 0
   assert (options.floor, options.placement, options.deviation, options.layers, options.level) == (
     0.8, "before_clip", "abs", "mean", "token"
   )  # fmt: skip
@@ -174,9 +174,10 @@ def test_unknown_options_are_named(name):
     ShiftOptions(**{name: "none"})
 
 
-def test_a_schedule_needs_updates():
-  with pytest.raises(ValueError, match="updates is 0; want at least 1"):
-    linear_floor(1.0, 0.8, 0)
+@pytest.mark.parametrize("options", [{"floor_updates": -1}, {"floor_begin": -1}], ids=str)
+def test_a_negative_number_of_updates_is_refused(options):
+  with pytest.raises(ValueError, match=r"floor_updates is .* and floor_begin .*want both >= 0"):
+    ShiftOptions(**options)
 
 
 def test_the_kl_of_routers_that_share_no_expert_is_finite():

@@ -11,7 +11,7 @@ from models.policy import build_policy
 from rspo_jax import mesh
 from rspo_jax.objectives.mismatch import MismatchOptions
 from rspo_jax.objectives.table import OBJECTIVES
-from rspo_jax.router.shift import ShiftOptions, linear_floor
+from rspo_jax.router.shift import ShiftOptions
 from rspo_jax.router.trace import to_positions
 from rspo_jax.training.loss import UpdateOptions, make_loss, normalisers
 from rspo_jax.training.parameters import ROUTER, freeze
@@ -72,7 +72,7 @@ def test_right_after_scoring_every_ratio_and_gamma_is_exactly_one(microbatches):
 
 
 EVERYTHING = {
-  "shift": ShiftOptions(0.5, "weight", "kl", "max", "sequence"),
+  "shift": ShiftOptions(0.5, placement="weight", deviation="kl", layers="max", level="sequence"),
   "mismatch": MismatchOptions("icepop", "sequence_mean", upper=1.2, lower=0.8),
   "kl_coefficient": 0.3,
   "entropy_coefficient": 0.1,
@@ -88,8 +88,8 @@ EVERYTHING = {
     for recipe in map(OBJECTIVES.get, ("dapo", "gspo"))
   ]
   + [
-    UpdateOptions(replay="experts", aggregation="seq_mean_token_sum"),
-    UpdateOptions(replay="experts_and_gates", **EVERYTHING),
+    UpdateOptions(replay="scoring", aggregation="seq_mean_token_sum"),
+    UpdateOptions(replay="sampler", replay_gates=True, **EVERYTHING),
   ],
   ids=["token_mean", "sequence", "replay", "everything"],
 )
@@ -220,31 +220,31 @@ def test_replayed_updates_take_the_old_experts_and_the_live_gates():
   policy, params, batch = setup()
   new = moved(policy, params, batch, by=20.0)
   _, free = run(policy, new, batch)
-  _, pinned = run(policy, new, batch, UpdateOptions(replay="experts"))
+  _, pinned = run(policy, new, batch, UpdateOptions(replay="scoring"))
   assert free["router/overlap"] < 1 == pinned["router/overlap"]
   assert free["shift/drift"] > 0 and pinned["shift/drift"] > 0  # the router itself is as it is
-  gradients = {
-    replay: gradient(policy, new, batch, UpdateOptions(shift=None, replay=replay))["layers_0"]["moe"]["router"]
-    for replay in ("experts", "experts_and_gates")
-  }
-  assert gradients["experts"].any() and not gradients["experts_and_gates"].any()
+  live, pinned = (
+    gradient(policy, new, batch, UpdateOptions(shift=None, replay="scoring", replay_gates=gates))
+    for gates in (False, True)
+  )
+  assert live["layers_0"]["moe"]["router"].any() and not pinned["layers_0"]["moe"]["router"].any()
 
 
 def test_replay_gives_the_same_update_under_rematerialisation_and_microbatches():
   policy, params, batch = setup()
-  new, options = moved(policy, params, batch, by=20.0), UpdateOptions(replay="experts")
+  new, options = moved(policy, params, batch, by=20.0), UpdateOptions(replay="scoring")
   expected, _ = run(policy, new, batch, options)
   remat = build_policy(dataclasses.replace(tiny.CONFIG, remat=True))
   again, _ = run(remat, new, batch, dataclasses.replace(options, microbatches=2))
   assert_close(again.params, expected.params)
 
 
-@pytest.mark.parametrize("replay", ["experts", "experts_and_gates"])
-def test_the_gradient_of_a_replayed_loss_with_all_its_terms_is_that_of_finite_differences(replay):
+@pytest.mark.parametrize("gates", [False, True])
+def test_the_gradient_of_a_replayed_loss_with_all_its_terms_is_that_of_finite_differences(gates):
   """Along random directions through all parameters; with the experts pinned the loss has no jumps."""
   policy, params, batch = setup()
   terms = {name: value for name, value in EVERYTHING.items() if name not in ("shift", "mismatch")}
-  options = UpdateOptions(OBJECTIVES["grpo"].objective, shift=None, replay=replay, **terms)
+  options = UpdateOptions(OBJECTIVES["grpo"].objective, shift=None, replay="scoring", replay_gates=gates, **terms)
   norms = normalisers(policy, options, fresh_state(params), batch, pieces=1)
   value = jax.jit(lambda params: make_loss(policy, options)(params, batch, norms)[0])
   gradient, by = jax.jit(jax.grad(value))(params), 1e-3
@@ -261,8 +261,8 @@ def test_the_gradient_of_a_replayed_loss_with_all_its_terms_is_that_of_finite_di
 
 def test_right_after_scoring_a_replayed_ratio_is_exactly_one():
   policy, params, batch = setup()
-  for replay in ("experts", "experts_and_gates"):
-    _, metrics = run(policy, params, batch, UpdateOptions(replay=replay))
+  for gates in (False, True):
+    _, metrics = run(policy, params, batch, UpdateOptions(replay="scoring", replay_gates=gates))
     assert metrics["ratio/p1"] == metrics["ratio/max"] == metrics["shift/gamma_mean"] == 1.0
 
 
@@ -338,7 +338,7 @@ def test_the_balance_loss_evens_the_load_out():
 def test_a_floor_may_follow_the_updates():
   policy, params, batch = setup()
   batch = drifted(batch, by=3.0)
-  options = UpdateOptions(shift=ShiftOptions(linear_floor(0.9, 0.5, 2)))
+  options = UpdateOptions(shift=ShiftOptions(0.5, floor_start=0.9, floor_updates=2))
   step, state = jax.jit(make_train_step(policy, SGD, options)), fresh_state(params)
   floors = []
   for _ in range(3):
@@ -352,7 +352,7 @@ def test_missing_trace_is_an_error_that_names_the_cure():
   policy, params, batch = setup()
   for field, options in (
     ("old_routing", UpdateOptions()),
-    ("old_routing", UpdateOptions(shift=None, replay="experts")),
+    ("old_routing", UpdateOptions(shift=None, replay="scoring")),
     ("sampler_log_prob", UpdateOptions(mismatch=MismatchOptions())),
     ("reference_log_prob", UpdateOptions(kl_coefficient=0.1)),
   ):
