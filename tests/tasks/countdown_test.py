@@ -71,7 +71,7 @@ def test_right_answers_are_right(text):
 
 
 @pytest.mark.parametrize(
-  ("text", "why"),
+  ("text", "reason"),
   [
     ("3*7+12", "wrong value"),
     ("12/(7-7-3)", "wrong numbers"),

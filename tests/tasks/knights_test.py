@@ -148,7 +148,7 @@ def test_what_are_no_statements_is_refused(statements):
 
 
 @pytest.mark.parametrize(
-  ("text", "why"),
+  ("text", "reason"),
   [
     ("A1B0C0", "right"),
     ("A0B0C0", "wrong"),
@@ -212,7 +212,7 @@ def test_right_english_answers_are_right(text):
 
 
 @pytest.mark.parametrize(
-  ("text", "why"),
+  ("text", "reason"),
   [
     ("", "no answer"),
     ("A1B0C0", "no answer"),

@@ -91,7 +91,7 @@ def test_namespaces_alone_hold_without_a_filter(box, witness):
 
 
 @pytest.mark.parametrize(
-  ("attack", "why"),
+  ("attack", "reason"),
   [
     ("memory bomb", "memory"),
     ("endless output", "output"),

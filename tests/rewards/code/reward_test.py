@@ -132,7 +132,7 @@ def check(candidate):
 
 
 @pytest.mark.parametrize(
-  ("completion", "why"),
+  ("completion", "reason"),
   [
     ("  return floor(x / 2)\n", "right"),
     ("Here:\n```python\ndef half(x):\n  print('half of', x)\n  return x // 2\n```", "right"),
@@ -155,7 +155,7 @@ def test_a_function_is_judged_by_check(box, completion, reason):
 
 
 @pytest.mark.parametrize(
-  ("asserts", "why"),
+  ("asserts", "reason"),
   [
     (["assert total([1, 2]) == 3", "assert set(pairs(2)) == {(0, 1)}"], "right"),
     (["assert total([1, 2]) == 4"], "wrong answer"),
@@ -194,7 +194,7 @@ ECHO = {"inputs": ["2\n1 2\n3 4\n", "0\n"], "outputs": ["3\n7\n", ""]}
 
 
 @pytest.mark.parametrize(
-  ("program", "why"),
+  ("program", "reason"),
   [
     ("for _ in range(int(input())): print(sum(map(int, input().split())))", "right"),
     ("for _ in range(int(input())): print(sum(map(int, input().split())), '  ')\nprint()", "right"),

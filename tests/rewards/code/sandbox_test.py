@@ -334,14 +334,15 @@ def test_a_program_ends_with_its_host(isolation, tmp_path):
   usable(isolation)
   reader, writer = os.pipe()
   host = f"""
-    from rspo_jax.sandbox import sandbox_of
+    from rspo_jax.rewards.code.sandbox import sandbox_of
     sandbox_of({isolation!r}).run("import os, time; os.write({writer}, b'x'); time.sleep(60)", fds=({writer},))
   """
-  # A host that owns no JAX: its modules are stubbed, for their import costs seconds.
-  start = (
-    f"import sys, types; package = types.ModuleType('rspo_jax'); package.__path__ = [{sandbox.__file__[:-11]!r}]\n"
-  )
-  start += "sys.modules['rspo_jax'] = package\n"
+  # The parent packages are stubbed, since their __init__ imports JAX, which takes seconds.
+  folder = pathlib.Path(sandbox.__file__).parent
+  packages = {"rspo_jax": folder.parents[1], "rspo_jax.rewards": folder.parent, "rspo_jax.rewards.code": folder}
+  start = "import sys, types\n"
+  for name, path in packages.items():
+    start += f"sys.modules[{name!r}] = package = types.ModuleType({name!r}); package.__path__ = [{str(path)!r}]\n"
   command = [sys.executable, "-c", start + textwrap.dedent(host)]
   # The private folder of rlimits survives a host that is killed, so here it lies in a folder of this test's.
   environment = {**os.environ, "TMPDIR": str(tmp_path)}
