@@ -15,7 +15,7 @@ import pytest
 
 from rspo_jax.data.datasets import DATASETS, load_files
 from rspo_jax.data.files import FilesSpec, field_of, parse_template
-from rspo_jax.rewards.code.reward import task_of
+from rspo_jax.rewards.code.reward import task_from_record
 from rspo_jax.rewards.math.reward import gold_answers
 from tests.support import math_cases
 from tests.support.paths import ROOT
@@ -360,7 +360,7 @@ def test_a_public_file_is_read_by_the_settings_in_the_document(name, rows, optio
   split = load_files(math_cases.DATA, test=name, **ast.literal_eval(options))["test"]
   assert len(split) == int(rows)
   if reward == "code":
-    assert all(task_of(example.gold).prompt == example.prompt for example in split.examples)
+    assert all(task_from_record(example.gold).prompt == example.prompt for example in split.examples)
     return
   wanted = [gold.answer for gold in math_cases.golds(name.partition(".")[0])]
   if name == "amc23.jsonl":

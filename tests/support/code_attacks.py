@@ -1,8 +1,8 @@
-"""Programs that want a verdict they have not earned, or to do harm.
+"""Adversarial programs: they try to obtain an undeserved verdict or to harm the host.
 
-Bombs are bounded: should a sandbox fail, six forks make 64 processes. Signals are sent in a process namespace only. A
-test replaces SECRET by the path of a file that may not be read, HARM by one that may not be written, and PORT by one
-that may not be reached.
+They are bounded in case a sandbox fails: six forks create at most 64 processes, and signals are sent only inside a
+process namespace. Tests replace SECRET with the path of a file that must not be readable, HARM with one that must not
+be written, and PORT with a port that must not be reachable.
 """
 
 SECRET = {
@@ -40,7 +40,7 @@ RED_TEAM = {
       try: os.write(number, b'["ready", null]\\n' + b'["value", true]\\n' * 99)
       except OSError: pass
   """,
-  "answers with what is no value": """
+  "answers with a malformed value": """
     import os
     for number in range(3, 64):
       try: os.write(number, b'["ready", null]\\n["value", ["dict", 1]]\\n')
@@ -59,7 +59,7 @@ RED_TEAM = {
       def __bool__(self): return True
     def secret(x): return Same()
   """,
-  "patches what asserts need": """
+  "patches exceptions and hooks": """
     import builtins, sys
     builtins.AssertionError = type("Quiet", (BaseException,), {"__new__": lambda *_: None})
     sys.excepthook = lambda *_: None
@@ -72,8 +72,8 @@ RED_TEAM = {
       setattr(builtins, name, lambda *_, **__: True)
     def secret(x): return True
   """,
-  "brings a check of its own": "def check(candidate): return True\ndef secret(x): return check",
-  "patches what serves it": """
+  "defines its own check": "def check(candidate): return True\ndef secret(x): return check",
+  "patches its harness": """
     import json, sys
     frame = sys._getframe()
     while frame:
@@ -93,7 +93,7 @@ RED_TEAM = {
         frame = frame.f_back
       yield repr(os.environ) + repr(sys.argv) + repr(sys.orig_argv)
     def secret(x):
-      # Not its own words: the digits of the answer.
+      # Computed, so that the program's own text does not match.
       for text in everything():
         if "-" + str(4697 + 14) in text: return "found"
       return "expected"
@@ -114,8 +114,8 @@ RED_TEAM = {
           if select.select([number], [], [], 0)[0]: os.read(number, 10**6)
         except (OSError, ValueError): pass
   """,
-  "raises what ends a loop": "def secret(x): raise StopIteration",
-  "raises what a failed assert raises": "def secret(x): raise AssertionError",
+  "raises StopIteration": "def secret(x): raise StopIteration",
+  "raises AssertionError": "def secret(x): raise AssertionError",
   "fork bomb": "import os\nfor _ in range(6): os.fork()",
   "fork bomb when called": "import os\ndef secret(x):\n  for _ in range(6): os.fork()",
   "process bomb": "import subprocess, sys\nfor _ in range(9): subprocess.Popen([sys.executable, '-c', 'input()'])",
@@ -193,7 +193,7 @@ RED_TEAM = {
     threading.Thread(target=late).start()
     def secret(x): return "harmless"
   """,
-  "writes elsewhere": """
+  "writes outside its folder": """
     import os, shutil
     for path in ("HARM", "/HARM", os.__file__, "/usr/lib/x.pth", "/dev/shm/x"):
       try: open(path, "a").write("x")
@@ -203,7 +203,7 @@ RED_TEAM = {
     shutil.rmtree(os.path.dirname("SECRET"), ignore_errors=True)
     def secret(x): return "harmless"
   """,
-  "imports its judge": """
+  "imports the reward": """
     import rspo_jax.rewards.code.reward
     rspo_jax.rewards.code.reward.run_task = None
     def secret(x): return "harmless"

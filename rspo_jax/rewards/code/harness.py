@@ -1,8 +1,9 @@
-"""The two programs that judge a completion together, each in a sandbox of its own.
+"""The candidate process and the checker process, which run in separate sandboxes and exchange lines of JSON.
 
-`serve` runs the candidate and answers calls; `check` runs the tests and calls. All that travels between them is lines
-of JSON: whatever the candidate does to its own process, the tests see plain values of builtin types and compare these
-with what only they know. `code_rewards` ships this module as a code object, so it imports the standard library only.
+`serve` runs the candidate and answers calls; `check` runs the tests and makes the calls. The tests receive values of
+builtin types only, even if the candidate has modified its own interpreter, and the expected values never leave the
+checker. `rspo_jax.rewards.code.reward` sends this module into both sandboxes as a code object compiled from its source
+text, so it may import the standard library only.
 """
 
 import builtins
@@ -10,38 +11,38 @@ import json
 import os
 import sys
 
-_EXACT = 2**63  # integers beyond travel as hexadecimal digits: reading decimal ones takes quadratic time
+_DECIMAL_LIMIT = 2**63  # larger integers are sent in hexadecimal: parsing decimal digits takes quadratic time
 
 
 class Handle:
-  """Something of the candidate's that is no data: it can be handed back to the candidate, and nothing else."""
+  """An opaque reference to an object of the candidate; its only use is as an argument of a later call."""
 
   def __init__(self, index):
     self.index = index
 
   def _refuse(self, *_):
-    raise TypeError("A result of the candidate's own class can only be handed back to it.")
+    raise TypeError("An object of the candidate's own class can only be passed back to the candidate.")
 
   __eq__ = __ne__ = __hash__ = __bool__ = _refuse
 
 
 def encode(value, keep=None):
-  """Turns a value into JSON's terms.
+  """Encodes a value as JSON data: a scalar, or a list [tag, *items].
 
   Args:
     value: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range or an instance of a
-      subclass, which travels as the base class; any other iterable, which is read to its end and travels as an
-      iterator; a `Handle`.
-    keep: called with anything else; returns the index for its `Handle`.
+      subclass, which is encoded as the base class; any other iterable, which is exhausted and encoded as an iterator;
+      a `Handle`.
+    keep: called with any other value; stores it and returns the index for its `Handle`.
   Raises:
-    TypeError: anything else, without keep.
+    TypeError: any other value, if keep is None.
   """
   if value is None or value is True or value is False:
     return value
   if isinstance(value, str):
     return str(value)
   if isinstance(value, int):
-    return int(value) if -_EXACT <= value < _EXACT else ["int", hex(value)]
+    return int(value) if -_DECIMAL_LIMIT <= value < _DECIMAL_LIMIT else ["int", hex(value)]
   if isinstance(value, float):
     return float(value)
   if isinstance(value, complex):
@@ -60,12 +61,12 @@ def encode(value, keep=None):
   if hasattr(type(value), "__iter__"):
     return ["iterator", *(encode(item, keep) for item in value)]
   if keep is None:
-    raise TypeError(f"A {type(value).__name__} cannot be handed to the candidate.")
+    raise TypeError(f"A {type(value).__name__} cannot be passed to the candidate.")
   return ["handle", keep(value)]
 
 
 def decode(data, handle=Handle):
-  """The inverse of `encode`: builtin types only. handle: index -> what stands for it here."""
+  """The inverse of `encode`; returns builtin types only, and handle(index) for a `Handle`."""
   if not isinstance(data, list):
     return data
   tag, *items = data
@@ -77,17 +78,18 @@ def decode(data, handle=Handle):
     return bytes.fromhex(items[0])
   if tag == "dict":
     return {decode(key, handle): decode(item, handle) for key, item in items}
-  whole = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter}
-  if tag in whole:
-    return whole[tag]([decode(item, handle) for item in items])
+  containers = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter}
+  if tag in containers:
+    return containers[tag]([decode(item, handle) for item in items])
   return {"complex": complex, "range": range}[tag](*(decode(item, handle) for item in items))
 
 
 def assemble(prompt, text, entry_point):
-  """The program that a completion makes of its prompt, as a code object; None if there is none.
+  """Compiles a prompt and its completion into one program; None if no combination compiles.
 
-  A whole program (it compiles, and binds the entry point) stands behind the prompt, whose imports and helpers it may
-  need, or alone. Any other text goes on where the prompt ends, if need be only up to the line that leaves its function.
+  A complete program (it compiles and binds the entry point) is placed after the prompt, whose imports and helpers it
+  may use, or runs without the prompt if the two do not compile together. Any other text is appended to the prompt
+  directly; if that does not compile, only its lines up to the first unindented one are.
   """
 
   def compiled(source):
@@ -98,29 +100,34 @@ def assemble(prompt, text, entry_point):
 
   if not text.strip():
     return None
-  whole = compiled(text)
+  program = compiled(text)
   if not prompt:
-    return whole
-  if whole and entry_point.split("(")[0].split(".")[0] in whole.co_names:
-    return compiled(f"{prompt}\n\n{text}") or whole
+    return program
+  if program and entry_point.split("(")[0].split(".")[0] in program.co_names:
+    return compiled(f"{prompt}\n\n{text}") or program
   lines = text.splitlines(keepends=True)
-  leaves = next((at for at, line in enumerate(lines) if line.strip() and not line[0].isspace()), len(lines))
-  body = "".join(lines[:leaves])
+  end = next((index for index, line in enumerate(lines) if line.strip() and not line[0].isspace()), len(lines))
+  body = "".join(lines[:end])
   return compiled(prompt + text) or (compiled(prompt + body) if body.strip() else None)
 
 
 def serve(prompt, text, entry_point, calls, answers):
-  """Runs the candidate, then answers calls until none comes any more.
+  """Runs the candidate, then answers calls until the checker closes the pipe.
 
   Answers are [kind, value]: 'ready' once, or 'no code'; then per call 'value' or 'raised', whose value is the name of
-  the nearest builtin exception and the message. SystemExit ends the process, so the checker finds nobody there.
+  the nearest builtin exception class and the message. SystemExit ends the process, which the checker sees as the end
+  of the pipe.
+
+  Args:
+    prompt, text, entry_point: as for `assemble`.
+    calls, answers: file descriptors to read from and to write to.
   """
   requests, replies = os.fdopen(calls, "rb"), os.fdopen(answers, "wb")
-  kept = []
+  objects = []  # those that the checker holds a `Handle` to
 
   def keep(value):
-    kept.append(value)
-    return len(kept) - 1
+    objects.append(value)
+    return len(objects) - 1
 
   def reply(kind, value=None):
     replies.write(json.dumps([kind, value]).encode() + b"\n")
@@ -144,66 +151,66 @@ def serve(prompt, text, entry_point, calls, answers):
     return ("ready",)
 
   def call(line):
-    name, arguments, named = decode(json.loads(line), kept.__getitem__)
+    name, arguments, named = decode(json.loads(line), objects.__getitem__)
     return "value", encode(eval(name, module.__dict__)(*arguments, **named), keep)
 
   reply(*attempt(run))
   for line in requests:
     reply(*attempt(lambda line=line: call(line)))
-  os._exit(0)  # nobody waits for its threads
+  os._exit(0)  # without joining threads that the candidate has started
 
 
-class Gone(BaseException):
-  """The candidate does not answer. No Exception, so that no test takes it for an error of the function it tests."""
+class CandidateLost(BaseException):
+  """The candidate no longer answers. Not an Exception, so that `except Exception` in a test does not catch it."""
 
 
 class Candidate:
-  """The checker's end of the candidate.
+  """The checker's connection to the candidate process.
 
   Attributes:
-    gone: the verdict if it no longer answers, 'gone' if its process has ended, '' while it does answer. Stays, though a
-      test swallows `Gone`.
-    answered: calls.
-    raised: what it last raised.
+    lost: '' while the candidate answers; then 'gone' (its process has ended), 'output' (an answer was too long) or
+      'error' (an answer was malformed). Remains set even if a test catches `CandidateLost`.
+    answered: number of calls answered.
+    raised: the last exception that a call raised, or None.
   """
 
   def __init__(self, calls, answers, longest):
     self._requests, self._replies = os.fdopen(calls, "wb", buffering=0), os.fdopen(answers, "rb")
     self._longest = longest
-    self.gone, self.answered, self.raised = "", 0, None
+    self.lost, self.answered, self.raised = "", 0, None
 
   def _lose(self, reason):
-    self.gone = self.gone or reason
-    raise Gone
+    self.lost = self.lost or reason
+    raise CandidateLost
 
   def receive(self):
-    """The next answer: its kind and its value, an exception where it raised one."""
-    if self.gone:
-      raise Gone
+    """Reads the next answer; returns its kind and its value, which is an exception for the kind 'raised'."""
+    if self.lost:
+      raise CandidateLost
     line = self._replies.readline(self._longest)
     if not line.endswith(b"\n"):
       self._lose("output" if len(line) >= self._longest else "gone")
     try:
       kind, value = json.loads(line)
-      return kind, self._rebuilt(*value) if kind == "raised" else decode(value)
+      return kind, self._exception(*value) if kind == "raised" else decode(value)
     except MemoryError:
       raise
     except Exception:
       self._lose("error")
 
-  def _rebuilt(self, name, message):
+  def _exception(self, name, message):
     kind = getattr(builtins, name, None)
-    # Inside `map` these two would end a test's loop and not the test.
+    # Inside `map` these two would end the loop of a test early instead of failing the test.
     silent = (StopIteration, StopAsyncIteration)
     if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, silent):
       try:
         return kind(message)
-      except TypeError:  # it wants other arguments
+      except TypeError:  # its constructor takes other arguments
         pass
     return RuntimeError(f"{name}: {message}")
 
   def function(self, name):
-    """A function that has the candidate evaluate a name, or another expression, and call it."""
+    """Returns a function that makes the candidate evaluate a name, or another expression, and call the result."""
 
     def call(*arguments, **named):
       request = json.dumps(encode([name, arguments, named])).encode() + b"\n"
@@ -223,7 +230,7 @@ class Candidate:
 
 
 def names_in(code):
-  """The global names that a code object and those within it use, in their order."""
+  """The global names that a code object and the code objects nested in it use, in order."""
   names = list(code.co_names)
   for inner in code.co_consts:
     if isinstance(inner, type(code)):
@@ -232,16 +239,16 @@ def names_in(code):
 
 
 def run_tests(candidate, setup, test, entry_point, asserts):
-  """Returns if the tests hold; else raises. Arguments as for `check`."""
+  """Returns if the tests pass and raises otherwise. Arguments as for `check`."""
   names = {"__name__": "tests"}
   exec(compile(setup, "<setup>", "exec", dont_inherit=True), names)
   if "random" in test:
     import random
 
-    random.seed(0)  # the same verdict every time
+    random.seed(0)  # so that a verdict is reproducible
   if test:
     exec(compile(test, "<test>", "exec", dont_inherit=True), names)
-    names[entry_point] = candidate.function(entry_point)  # after what the prompt binds it to
+    names[entry_point] = candidate.function(entry_point)  # after exec, which binds it to the prompt's stub
     names["check"](names[entry_point])
   tested = {entry_point} - {""}
   names |= {name: candidate.function(name) for name in tested}
@@ -255,24 +262,26 @@ def run_tests(candidate, setup, test, entry_point, asserts):
       else:
         tested.add(name)
     if not tested.intersection(used):
-      tested.update(used[:1])  # called like a builtin function: MBPP's `assert sum(10, 15) == 6`
+      tested.update(used[:1])  # it has the name of a builtin: MBPP's `assert sum(10, 15) == 6`
     names |= {name: candidate.function(name) for name in tested.intersection(used).difference(names)}
     exec(code, names)
 
 
 def check(setup, test, entry_point, asserts, calls, answers, longest):
-  """Runs tests against the candidate and writes [why, detail] as JSON to stdout: a verdict's, or 'gone'.
+  """Runs tests against the candidate and writes [reason, detail] as JSON to stdout.
+
+  The reason is that of a `reward.Verdict`, or 'gone' if the candidate's process has ended.
 
   Args:
-    setup: Python that the tests need; the prompt's helpers, say.
-    test: Python that binds `check`, a function of the candidate; '' if there are only asserts.
-    entry_point: the expression whose value is the function to test; '' to find it in the asserts.
-    asserts: statements. A name that nothing binds here is the candidate's.
-    calls, answers: file descriptors.
-    longest: bytes that an answer may have.
+    setup: Python code that the tests need, such as the prompt's helpers.
+    test: Python code that binds `check(candidate)`; '' if there are only asserts.
+    entry_point: the expression whose value is the function under test; '' to infer it from the asserts.
+    asserts: statements. A name that is not bound here is looked up in the candidate.
+    calls, answers: file descriptors to write to and to read from.
+    longest: limit on the length of an answer, bytes.
   """
   verdict = os.dup(1)
-  os.dup2(2, 1)  # what tests print must not pass for a verdict
+  os.dup2(2, 1)  # so that output of the tests cannot be mistaken for a verdict
   candidate = Candidate(calls, answers, longest)
   reason = "error"
   try:
@@ -281,13 +290,13 @@ def check(setup, test, entry_point, asserts, calls, answers, longest):
       run_tests(candidate, setup, test, entry_point, asserts)
       reason, detail = ("right", "") if candidate.answered else ("error", "The tests never called the candidate.")
     elif kind == "no code":
-      reason, detail = kind, "There is none, or it does not compile."
+      reason, detail = kind, "The program is empty or does not compile."
   except AssertionError as error:
     reason, detail = ("error" if error is candidate.raised else "wrong answer"), error
   except BaseException as error:
     detail = error
-  if candidate.gone:
-    reason, detail = candidate.gone, "The candidate did not answer as it should."
+  if candidate.lost:
+    reason, detail = candidate.lost, "The candidate did not answer a call as expected."
   elif isinstance(detail, MemoryError):
     reason = "memory"
   text = detail if isinstance(detail, str) else f"{type(detail).__name__}: {detail}"

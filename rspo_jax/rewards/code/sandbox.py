@@ -1,15 +1,15 @@
-"""Runs Python programs nobody has read so that they can harm nothing.
+"""Runs untrusted Python programs in isolation.
 
-Every run has a process of its own with limits on time, memory, processes, output and files, no network, a read-only
-system of what Python needs, and a private folder that is gone afterwards. The strongest isolation that works here is
-chosen once:
+Each run is a separate process with limits on time, memory, processes, output and files, no network, a read-only file
+system that contains what Python needs, and a private folder that is removed afterwards. The strongest isolation that
+works on this machine is selected once:
 
   bubblewrap  `bwrap`: new user, process, mount, network, IPC and host name namespaces
-  namespaces  the same made by `sandbox_child` itself, where user namespaces are allowed
-  rlimits     limits only: a program can read and write the user's files. Only if asked for.
+  namespaces  the same namespaces, entered by `sandbox_child`, where the system allows user namespaces
+  rlimits     limits only: a program can read and write the user's files. Used only with allow_weak=True.
 
-On top of each comes a seccomp filter (needs pyseccomp and libseccomp): no new process, no exec, no socket, no signal to
-others, no shared memory outside of the memory limit, no kernel interface that programs of this kind never need.
+Each is combined with a seccomp filter (needs pyseccomp and libseccomp): no new process, exec, socket, signal to other
+processes or shared memory outside the memory limit, and no kernel interface that such programs do not need.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from rspo_jax.rewards.code.sandbox_process import Limits, Process, Run, collect
 _ISOLATIONS = ("bubblewrap", "namespaces", "rlimits")
 _CURE = (
   "Install bubblewrap (Debian: apt-get install bubblewrap) or allow user namespaces, and pip install pyseccomp; or "
-  "pass allow_weak=True to run programs all the same, with little more than limits to hold them."
+  "pass allow_weak=True to run programs with resource limits only."
 )
 _BOOT = (
   "import marshal, os, sys\n"
@@ -44,8 +44,8 @@ _BOOT = (
   "  data = b''\n"
   "  while len(data) < size: data += os.read(0, size - len(data)) or sys.exit('no program')\n"
   "  return data\n"
-  "guest, program, names, settings = marshal.loads(read(int(read(12))))\n"
-  "exec(guest)\n"
+  "child, program, names, settings = marshal.loads(read(int(read(12))))\n"
+  "exec(child)\n"
   "start(program, names, **settings)\n"
 )
 _PROBE = """import os
@@ -65,17 +65,17 @@ _DENIED = (
   "quotactl swapon swapoff reboot kexec_load kexec_file_load init_module finit_module delete_module iopl ioperm "
   "modify_ldt settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname personality"
 )
-_DENIED_ROOT = "prlimit64 setrlimit"  # who has not left root behind could raise its limits
+_DENIED_ROOT = "prlimit64 setrlimit"  # outside a user namespace, root could raise its own limits
 _CLONE_THREAD = 0x10000
 
 
 @dataclasses.dataclass(frozen=True)
 class Sandbox:
-  """A way to run programs; `find_sandbox` gives the best there is.
+  """Runs programs with one kind of isolation; `find_sandbox` returns the strongest available one.
 
   Attributes:
     isolation: 'bubblewrap', 'namespaces' or 'rlimits'.
-    filter_program: of seccomp, as the kernel wants it; b'' where there is none.
+    filter_program: seccomp filter as BPF instructions; b'' for none.
   """
 
   isolation: str
@@ -83,7 +83,7 @@ class Sandbox:
 
   @property
   def weak(self) -> bool:
-    """Whether a program can do harm: to files, or by starting processes without number."""
+    """Whether a program can modify the user's files or start an unlimited number of processes."""
     return self.isolation == "rlimits" or (not self.filter_program and os.geteuid() == 0)
 
   def __str__(self) -> str:
@@ -98,34 +98,34 @@ class Sandbox:
     limits: Limits | None = None,
     fds: Sequence[int] = (),
   ) -> Process:
-    """Starts a program; hand what this returns to `collect`.
+    """Starts a program; pass the result to `collect`.
 
     Args:
-      program: source, or a code object of this very Python.
-      names: globals it finds; what `marshal` can write.
-      stdin: what it reads.
-      limits: what it may use; `Limits()` if None.
-      fds: file descriptors it keeps, under the same numbers.
+      program: source text, or a code object compiled by this Python version.
+      names: initial globals of the program; values that `marshal` supports.
+      stdin: its standard input.
+      limits: its resource limits; `Limits()` if None.
+      fds: file descriptors that it inherits, under the same numbers.
     Raises:
-      OSError: no process could be started, for want of `bwrap` maybe.
+      OSError: no process could be started, for example because `bwrap` is missing.
     """
     limits = limits or Limits()
     settings = {
       "parent": None if self.isolation == "bubblewrap" else os.getpid(),
-      "namespaces": (_bound(), limits.folder_bytes) if self.isolation == "namespaces" else None,
+      "namespaces": (_bound_paths(), limits.folder_bytes) if self.isolation == "namespaces" else None,
       "first": self.isolation != "rlimits",
       "limits": _rlimits(limits),
       "filter_program": self.filter_program,
     }
-    payload = marshal.dumps((_guest_code(), program, dict(names or {}), settings))
+    payload = marshal.dumps((_child_code(), program, dict(names or {}), settings))
     command, folder, home = [os.path.realpath(sys.executable), "-PsSB", "-c", _BOOT], None, "/tmp"
     if self.isolation == "bubblewrap":
       command = _bubblewrap(limits) + command
     elif self.isolation == "rlimits":
       home = folder = tempfile.mkdtemp(prefix="rspo_jax_sandbox_")
     environment = {"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8"}
-    environment["PYTHONHASHSEED"] = "0"  # the same order of sets in every run, so that verdicts can be repeated
-    environment["MALLOC_ARENA_MAX"] = "2"  # else every thread takes 64 MiB of address space
+    environment["PYTHONHASHSEED"] = "0"  # the same set order in every run, so that verdicts are reproducible
+    environment["MALLOC_ARENA_MAX"] = "2"  # by default every thread reserves 64 MiB of address space
     try:
       popen = subprocess.Popen(
         command,
@@ -145,24 +145,24 @@ class Sandbox:
     return Process(popen, b"%12d" % len(payload) + payload + stdin, limits, folder)
 
   def run(self, program: str | CodeType, **options: Any) -> Run:
-    """Runs a program to its end; options as for `start`."""
+    """Runs a program until it ends or reaches a limit; options as for `start`."""
     return collect([self.start(program, **options)])[0]
 
 
 @functools.cache
-def _guest_code() -> CodeType:
+def _child_code() -> CodeType:
   return compile(inspect.getsource(sandbox_child), "<sandbox>", "exec")
 
 
 @functools.cache
-def _bound() -> tuple[str, ...]:
-  """What Python needs of the system: its own files and the shared libraries."""
+def _bound_paths() -> tuple[str, ...]:
+  """The paths that Python needs: its own files and the shared libraries. None is below another one."""
   python = os.path.realpath(sys.executable)
   roots = ("", "/usr", "/usr/local", sys.base_prefix, sys.base_exec_prefix)
-  wanted = [f"{root}/{name}" for root in roots for name in ("lib", "lib64")]
-  wanted += [sysconfig.get_path("stdlib"), python, "/etc/ld.so.cache"]
-  there = [path for path in dict.fromkeys(wanted) if os.path.exists(path)]
-  return tuple(path for path in there if not any(path.startswith(f"{other}/") for other in there))
+  candidates = [f"{root}/{name}" for root in roots for name in ("lib", "lib64")]
+  candidates += [sysconfig.get_path("stdlib"), python, "/etc/ld.so.cache"]
+  existing = [path for path in dict.fromkeys(candidates) if os.path.exists(path)]
+  return tuple(path for path in existing if not any(path.startswith(f"{parent}/") for parent in existing))
 
 
 def _bubblewrap(limits: Limits) -> list[str]:
@@ -172,45 +172,45 @@ def _bubblewrap(limits: Limits) -> list[str]:
   command = [program, "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
   command += ["--unshare-cgroup-try", "--uid", "1000", "--gid", "1000", "--die-with-parent", "--as-pid-1"]
   command += ["--cap-drop", "ALL", "--dev", "/dev", "--size", str(limits.folder_bytes), "--tmpfs", "/tmp"]
-  for path in _bound():
+  for path in _bound_paths():
     command += ["--ro-bind", path, path]
   return [*command, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp", "--"]
 
 
 def _rlimits(limits: Limits) -> tuple[tuple[str, int, int], ...]:
   soft = {"AS": limits.memory_bytes, "NPROC": limits.processes, "FSIZE": limits.file_bytes, "NOFILE": 64, "CORE": 0}
-  cpu = ("RLIMIT_CPU", limits.cpu_seconds, limits.cpu_seconds + 1)  # first a signal that says why
+  cpu = ("RLIMIT_CPU", limits.cpu_seconds, limits.cpu_seconds + 1)  # SIGXCPU first, to tell a timeout from other kills
   return (cpu, *((f"RLIMIT_{name}", value, value) for name, value in soft.items()))
 
 
 @functools.cache
 def _filter_program(denied_names: str) -> bytes:
-  """A seccomp filter in the kernel's form, b'' where pyseccomp or libseccomp is missing."""
+  """A seccomp filter as BPF instructions; b'' if pyseccomp or libseccomp is missing."""
   try:
     import pyseccomp  # RuntimeError without libseccomp
   except (ImportError, OSError, RuntimeError) as error:
     logging.warning("No seccomp filter (%s). pip install pyseccomp; libseccomp is Debian's libseccomp2.", error)
     return b""
-  denied = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+  filter_ = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
   for name in denied_names.split():
     with contextlib.suppress(ValueError, OSError, RuntimeError):  # unknown to this libseccomp or architecture
-      denied.add_rule(pyseccomp.ERRNO(errno.EPERM), name)
+      filter_.add_rule(pyseccomp.ERRNO(errno.EPERM), name)
   thread = pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _CLONE_THREAD, 0)
-  denied.add_rule(pyseccomp.ERRNO(errno.EPERM), "clone", thread)
-  # Its flags lie in memory, where a filter cannot look; without it libraries turn to clone.
-  denied.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
+  filter_.add_rule(pyseccomp.ERRNO(errno.EPERM), "clone", thread)
+  # The flags of clone3 are in memory, which a filter cannot read. With ENOSYS, libraries fall back to clone.
+  filter_.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
   with tempfile.TemporaryFile() as file:
-    denied.export_bpf(file)
+    filter_.export_bpf(file)
     file.seek(0)
     return file.read()
 
 
-def sandbox_of(isolation: str) -> Sandbox:
-  """A sandbox of a given isolation, tried out.
+def make_sandbox(isolation: str) -> Sandbox:
+  """Creates a sandbox with the given isolation and checks with a probe program that it isolates.
 
   Raises:
-    ValueError: no such isolation.
-    RuntimeError: it does not work here; says why.
+    ValueError: unknown isolation.
+    RuntimeError: it does not work on this machine; the message gives the reason.
   """
   if isolation not in _ISOLATIONS:
     raise ValueError(f"isolation is {isolation!r}; want one of {', '.join(_ISOLATIONS)}.")
@@ -223,8 +223,8 @@ def sandbox_of(isolation: str) -> Sandbox:
       run = sandbox.run(program, limits=Limits(wall_seconds=30.0))
     except (OSError, RuntimeError) as error:
       raise RuntimeError(f"{isolation} does not work here: {error}") from error
-  wanted = [isolation != "rlimits"] * 2 + [bool(sandbox.filter_program)]
-  if run.status != "ok" or run.stdout.decode().split() != [str(holds) for holds in wanted]:
+  expected = [isolation != "rlimits"] * 2 + [bool(sandbox.filter_program)]
+  if run.status != "ok" or run.stdout.decode().split() != [str(isolated) for isolated in expected]:
     raise RuntimeError(f"{isolation} does not isolate here: {run}.")
   return sandbox
 
@@ -234,27 +234,27 @@ def _strongest() -> Sandbox:
   reasons = []
   for isolation in _ISOLATIONS:
     try:
-      sandbox = sandbox_of(isolation)
+      sandbox = make_sandbox(isolation)
     except RuntimeError as error:
       reasons.append(str(error))
       continue
-    logging.info("Programs run in a sandbox of %s.%s", sandbox, "".join(f" {reason}" for reason in reasons))
+    logging.info("Programs run in this sandbox: %s.%s", sandbox, "".join(f" {reason}" for reason in reasons))
     return sandbox
   raise RuntimeError(f"Programs cannot be run here: {' '.join(reasons)} {_CURE}")
 
 
-_CHOOSING = threading.Lock()
+_SELECTION_LOCK = threading.Lock()
 
 
 def find_sandbox(*, allow_weak: bool = False) -> Sandbox:
-  """The strongest sandbox that works here; tried out once, its name is logged then.
+  """The strongest sandbox that works on this machine; selected, probed and logged at the first call.
 
   Args:
-    allow_weak: take what is there even if a program can do harm in it (see `Sandbox.weak`).
+    allow_weak: also accept a sandbox that does not contain a program (see `Sandbox.weak`).
   Raises:
-    RuntimeError: there is none, or a weak one that was not allowed; says how to get a better one.
+    RuntimeError: no sandbox works, or only a weak one, without allow_weak; the message says how to get a stronger one.
   """
-  with _CHOOSING:
+  with _SELECTION_LOCK:
     sandbox = _strongest()
   if sandbox.weak and not allow_weak:
     raise RuntimeError(f"The best sandbox here is {sandbox}, which does not contain a program. {_CURE}")

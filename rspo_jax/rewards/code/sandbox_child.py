@@ -1,7 +1,7 @@
-"""The first code that runs inside a sandbox: it shuts itself in, then runs the program.
+"""The first code that runs in a sandbox process: it isolates its own process, then runs the program.
 
-`sandbox` ships it there as a code object, so it imports the standard library only, and little of that. Numbers are
-those of Linux's headers, the same on every architecture.
+`sandbox` sends it there as a code object compiled from its source text, so it may import the standard library only, and
+every import costs start-up time. The constants are from Linux's headers and equal on all architectures.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import resource
 import struct
 import sys
 
-STARTED = b"\x06"  # stands before a program's output and says that the limits and the filter hold
+STARTED = b"\x06"  # written before the program's output, once the limits and the filter are in force
 OUT_OF_MEMORY, NO_CODE = 86, 87  # exit statuses
 
 _CLONE_NEW = {"ns": 0x20000, "cgroup": 0x2000000, "uts": 0x4000000, "ipc": 0x8000000}
@@ -22,8 +22,8 @@ _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 
 _SECCOMP_MODE_FILTER = 2
 _CAPABILITY_VERSION = 0x20080522
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-_NEW_ROOT = "/proc"  # nothing that is bound lies below it
-_INSIDE_ID = 1000
+_NEW_ROOT = "/proc"  # no bound path is below it
+_INSIDE_ID = 1000  # user and group id inside the user namespace
 
 
 def _libc(name, *arguments):
@@ -35,7 +35,7 @@ def _libc(name, *arguments):
 
 
 def _die_with(parent):
-  """Asks for SIGKILL when the parent ends; ends at once if it already has."""
+  """Requests SIGKILL for the death of the parent; exits immediately if the parent is already dead."""
   _libc("prctl", _PR_SET_PDEATHSIG, 9, 0, 0, 0)
   if os.getppid() != parent:
     os._exit(1)
@@ -53,7 +53,7 @@ def _read_only(path, *, recursive):
 
 
 def _new_root(binds, folder_bytes):
-  """Makes a read-only root of the bound paths, four devices and a small writable /tmp, and moves there."""
+  """Builds a read-only root of the bound paths, four devices and a small writable /tmp, and pivots to it."""
   _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
   _mount("tmpfs", _NEW_ROOT, "tmpfs", _MS_NOSUID, "size=1m,mode=755")
   os.mkdir(_NEW_ROOT + "/tmp")
@@ -80,19 +80,19 @@ def _drop_capabilities():
     try:
       _libc("prctl", _PR_CAPBSET_DROP, capability, 0, 0, 0)
     except OSError:
-      break  # past the last that this kernel knows
+      break  # past the last capability of this kernel
   _libc("capset", (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())
   _libc("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def _follow(child):
-  """Waits for a child and ends as it ended."""
+  """Waits for a child and exits with its status, 128 + signal if a signal ended it."""
   status = os.waitpid(child, 0)[1]
   os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
 
 def _enter_namespaces(binds, folder_bytes):
-  """Leaves the host's users, processes, mounts, network, IPC and names behind. OSError where that is forbidden."""
+  """Enters new user, process, mount, network, IPC, cgroup and host name namespaces. OSError if that is forbidden."""
   user, group = os.geteuid(), os.getegid()
   _libc("unshare", sum(_CLONE_NEW.values()))
   for name, text in (
@@ -109,16 +109,16 @@ def _enter_namespaces(binds, folder_bytes):
   _drop_capabilities()
 
 
-def _limit(limits):
+def _set_limits(limits):
   for name, soft, hard in limits:
-    which = getattr(resource, name)
-    most = resource.getrlimit(which)[1]
-    soft, hard = (value if most == resource.RLIM_INFINITY else min(value, most) for value in (soft, hard))
-    resource.setrlimit(which, (soft, hard))
+    number = getattr(resource, name)
+    current = resource.getrlimit(number)[1]
+    soft, hard = (value if current == resource.RLIM_INFINITY else min(value, current) for value in (soft, hard))
+    resource.setrlimit(number, (soft, hard))
 
 
-def _apply(filter_program):
-  """Loads a seccomp filter, 8 bytes an instruction."""
+def _load_filter(filter_program):
+  """Loads a seccomp filter of 8 bytes per instruction."""
 
   class Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
@@ -129,26 +129,26 @@ def _apply(filter_program):
 
 
 def start(program, names, *, parent, namespaces, first, limits, filter_program):
-  """Shuts this process in and runs a program as __main__.
+  """Isolates this process and runs a program as __main__.
 
   Args:
-    program: source or a code object.
-    names: globals it finds.
-    parent: process id of the host; None where something else sees to it that this process ends with the host.
-    namespaces: to be made here: (paths to bind, bytes of the private folder); else None.
-    first: whether this is the first process of a namespace now. Its end is that of all others there, but most signals
-      do not reach it, that of the CPU limit among them: the program gets the second.
-    limits: (name in `resource`, soft, hard) each.
-    filter_program: of seccomp; b'' for none.
+    program: source text or a code object.
+    names: initial globals of the program.
+    parent: process id of the host, whose death kills this process; None if bubblewrap does that.
+    namespaces: (paths to bind, bytes of the private folder) to enter new namespaces here; None for no new ones.
+    first: whether this process is then the first one of a process namespace. Its end kills all others there, but most
+      signals are not delivered to it, including that of the CPU limit, so the program runs in a forked child.
+    limits: (name in `resource`, soft, hard) for each limit.
+    filter_program: seccomp filter; b'' for none.
   """
   if parent is not None:
     _die_with(parent)
   if namespaces is not None:
     _enter_namespaces(*namespaces)
   child = os.fork() if first else 0
-  _limit(limits)
+  _set_limits(limits)
   if filter_program:
-    _apply(filter_program)
+    _load_filter(filter_program)
   if child:
     _follow(child)
   os.write(1, STARTED)

@@ -1,4 +1,4 @@
-"""What travels between a candidate and its checker."""
+"""Encoding of the values that a candidate and its checker exchange."""
 
 import json
 
@@ -24,7 +24,7 @@ VALUES = st.recursive(
 
 
 def shape(value):
-  """A value with the types of all that is in it, for True == 1 == 1.0."""
+  """A value with the types of all its parts, because True == 1 == 1.0."""
   if isinstance(value, dict):
     return [(shape(key), shape(item)) for key, item in value.items()]
   if isinstance(value, (list, tuple)):
@@ -36,21 +36,21 @@ def shape(value):
 
 @settings(max_examples=60, deadline=None)
 @given(VALUES)
-def test_values_arrive_as_they_were(value):
+def test_decoding_inverts_encoding(value):
   assert shape(decode(json.loads(json.dumps(encode(value))))) == shape(value)
 
 
-def test_iterables_arrive_as_iterators_and_ranges_as_ranges():
-  def sent(value):
+def test_iterables_become_iterators_and_ranges_stay_ranges():
+  def transmit(value):
     return decode(json.loads(json.dumps(encode(value))))
 
-  assert list(sent(character for character in "abc")) == ["a", "b", "c"]
-  assert sorted(sent({1: "x", 2: "y"}.keys())) == [1, 2]
-  assert sent(range(10**18)) == range(10**18)
-  assert next(sent(zip([1], [2.0], strict=True))) == (1, 2.0)
+  assert list(transmit(character for character in "abc")) == ["a", "b", "c"]
+  assert sorted(transmit({1: "x", 2: "y"}.keys())) == [1, 2]
+  assert transmit(range(10**18)) == range(10**18)
+  assert next(transmit(zip([1], [2.0], strict=True))) == (1, 2.0)
 
 
-def test_objects_of_a_class_arrive_as_what_they_are_made_of():
+def test_instances_of_subclasses_become_instances_of_the_builtin_base():
   class Same(str):
     def __eq__(self, other):
       return True
@@ -61,13 +61,13 @@ def test_objects_of_a_class_arrive_as_what_they_are_made_of():
   assert type(received) is str and received != "b"
 
 
-def test_a_handle_says_nothing_about_its_object():
-  kept = []
-  handle = decode(encode(object(), lambda value: kept.append(value) or 0))
-  for question in (bool, hash, lambda it: it == 1, lambda it: it != 1, lambda it: it in [1], len, list, float):
+def test_a_handle_reveals_nothing_about_its_object():
+  objects = []
+  handle = decode(encode(object(), lambda value: objects.append(value) or 0))
+  for operation in (bool, hash, lambda it: it == 1, lambda it: it != 1, lambda it: it in [1], len, list, float):
     with pytest.raises(TypeError):
-      question(handle)
-  assert decode(encode(handle), kept.__getitem__) is kept[0]
-  with pytest.raises(TypeError, match="function cannot be handed"):
+      operation(handle)
+  assert decode(encode(handle), objects.__getitem__) is objects[0]
+  with pytest.raises(TypeError, match="function cannot be passed"):
     encode(lambda: None)
   assert isinstance(handle, Handle)

@@ -1,4 +1,4 @@
-"""Programs that want a verdict they have not earned, or harm: none gets it, and nothing happens."""
+"""Adversarial programs: none obtains an undeserved verdict, and none harms the host."""
 
 import contextlib
 import os
@@ -10,29 +10,30 @@ import time
 import pytest
 
 from rspo_jax.rewards.code.reward import CodeTask
-from rspo_jax.rewards.code.sandbox import Sandbox, find_sandbox
+from rspo_jax.rewards.code.sandbox import Sandbox
 from tests.support.code_attacks import RED_TEAM, SECRET
 from tests.support.code_cases import verdict
 
+# The reason of these verdicts is part of the contract; of the others it may differ by isolation.
+REASONS = {
+  "memory bomb": "memory",
+  "endless output": "output",
+  "endless answer": "output",
+  "endless loop": "timeout",
+  "exits with 0": "error",
+}
 
-@pytest.fixture(scope="module")
-def box():
-  try:
-    return find_sandbox()
-  except RuntimeError as error:
-    pytest.skip(str(error)[:300])
 
-
-def attack_on(box, name, task, traps=None):
-  """The verdict on one of the red team, its words in capitals replaced."""
+def attack_verdict(box, name, task, traps=None):
+  """The verdict for an attack. traps: {placeholder in the program: its value}."""
   program = textwrap.dedent(RED_TEAM[name])
   for word, value in (traps or {}).items():
     program = program.replace(word, value)
   return verdict(box, program, task)
 
 
-class Watched:
-  """A sandbox whose processes all hold one pipe open: who is left at the end can be seen there."""
+class PipeHolder:
+  """A sandbox whose processes inherit the writing end of a pipe, so that the pipe shows when the last one has ended."""
 
   def __init__(self, box, writer):
     self._box, self._writer = box, writer
@@ -42,8 +43,8 @@ class Watched:
 
 
 @pytest.fixture
-def witness(tmp_path, monkeypatch):
-  """Puts a case's traps up; afterwards nothing may have happened."""
+def harm_check(tmp_path, monkeypatch):
+  """Yields traps and the writing end of a pipe; afterwards checks that no process, connection or file change exists."""
   secret, harm = tmp_path / "kept" / "secret", tmp_path / "harm"
   secret.parent.mkdir()
   secret.write_text("hunter2 expected-")
@@ -55,8 +56,8 @@ def witness(tmp_path, monkeypatch):
       yield traps, writer
       os.close(writer)
       while select.select([reader], [], [], 10)[0] and os.read(reader, 4096):
-        pass  # some attacks write to whatever is open
-      assert select.select([reader], [], [], 0)[0], "a process is left"
+        pass  # some attacks write to every open descriptor
+      assert select.select([reader], [], [], 0)[0], "a process is still running"
       server.settimeout(0.05)
       with pytest.raises(TimeoutError):
         server.accept()
@@ -69,39 +70,26 @@ def witness(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("attack", RED_TEAM)
-def test_no_attack_succeeds_or_does_harm(box, attack, witness):
-  traps, writer = witness
-  found = attack_on(Watched(box, writer), attack, SECRET, traps)
-  assert not found.success and found.reason != "right", found
-  assert "hunter2" not in found.detail
+def test_no_attack_succeeds_or_does_harm(box, attack, harm_check):
+  traps, writer = harm_check
+  result = attack_verdict(PipeHolder(box, writer), attack, SECRET, traps)
+  assert not result.success and result.reason != "right", result
+  assert result.reason == REASONS.get(attack, result.reason)
+  assert "hunter2" not in result.detail
   if "found" in RED_TEAM[attack]:
-    assert "found" not in found.detail
+    assert "found" not in result.detail
 
 
-def test_the_red_team_would_pass_if_it_knew_the_answer(box):
+def test_a_program_that_returns_the_secret_passes(box):
   assert verdict(box, "def secret(x): return f'expected-{4697 + x}'", SECRET).reason == "right"
 
 
-def test_namespaces_alone_hold_without_a_filter(box, witness):
-  # As where libseccomp is missing. Six forks are 64 processes.
-  traps, writer = witness
+def test_namespaces_suffice_without_a_filter(box, harm_check):
+  # The case of a machine without libseccomp.
+  traps, writer = harm_check
   for attack in ("fork bomb", "leaves a daemon", "kills its parents", "network"):
-    assert not attack_on(Watched(Sandbox(box.isolation, b""), writer), attack, SECRET, traps).success
-  time.sleep(1.2)  # the daemon would have written by now
-
-
-@pytest.mark.parametrize(
-  ("attack", "reason"),
-  [
-    ("memory bomb", "memory"),
-    ("endless output", "output"),
-    ("endless answer", "output"),
-    ("endless loop", "timeout"),
-    ("exits with 0", "error"),
-  ],
-)
-def test_an_attack_is_called_by_its_name(box, attack, reason):
-  assert attack_on(box, attack, SECRET).reason == reason
+    assert not attack_verdict(PipeHolder(Sandbox(box.isolation, b""), writer), attack, SECRET, traps).success
+  time.sleep(1.2)  # longer than the daemon waits before it writes
 
 
 @pytest.mark.parametrize(
@@ -115,20 +103,20 @@ def test_an_attack_is_called_by_its_name(box, attack, reason):
     "pass",
   ],
 )
-def test_tests_that_swallow_errors_do_not_excuse_a_candidate_that_leaves_or_stops_loops(box, test):
+def test_exiting_and_ending_loops_fail_even_if_the_tests_catch_all_errors(box, test):
   task = CodeTask(test=f"def check(candidate):\n  {test}\n", entry_point="f")
   for body in ("raise StopIteration", "import os; os._exit(0)", "raise SystemExit"):
-    swallowed = "except" in test and body == "raise StopIteration"  # an error like any other
-    assert verdict(box, f"def f(x): {body}", task).success == swallowed
+    caught = "except" in test and body == "raise StopIteration"  # received as a RuntimeError
+    assert verdict(box, f"def f(x): {body}", task).success == caught
 
 
-def test_an_answer_that_grows_in_the_tests_hands_harms_only_them(box):
+def test_an_answer_that_exhausts_the_checkers_memory_gives_the_reason_memory(box):
   task = {"test_list": ["assert list(f(1)) == [1]"]}
   assert verdict(box, "def f(x): return range(10**12)", task).reason == "memory"
 
 
-def test_a_program_on_stdin_cannot_read_what_is_expected(box, witness):
+def test_a_program_on_stdin_cannot_read_the_expected_output(box, harm_check):
   program = textwrap.dedent(RED_TEAM["looks for the answer in files and processes"])
-  program = program.replace("SECRET", witness[0]["SECRET"]) + "\nprint(secret(0))"
-  found = verdict(box, program, {"cases": [["", "expected-4711"]]})
-  assert (found.success, found.reason) == (False, "wrong answer") and "None" in found.detail
+  program = program.replace("SECRET", harm_check[0]["SECRET"]) + "\nprint(secret(0))"
+  result = verdict(box, program, {"cases": [["", "expected-4711"]]})
+  assert (result.success, result.reason) == (False, "wrong answer") and "None" in result.detail

@@ -1,4 +1,4 @@
-"""Code rewards: right programs earn 1, wrong ones 0, and no trick gets a verdict or does harm."""
+"""Code rewards: reading records and completions, verdicts on programs, and the reward."""
 
 import dataclasses
 import gzip
@@ -11,8 +11,8 @@ from rspo_jax.data.examples import Example
 from rspo_jax.rewards.base import RewardResult, score_completions
 from rspo_jax.rewards.code import sandbox
 from rspo_jax.rewards.code.harness import assemble
-from rspo_jax.rewards.code.reward import CodeReward, CodeTask, extract_code, run_task, task_of
-from rspo_jax.rewards.code.sandbox import Sandbox, find_sandbox, sandbox_of
+from rspo_jax.rewards.code.reward import CodeReward, CodeTask, extract_code, run_task, task_from_record
+from rspo_jax.rewards.code.sandbox import Sandbox, make_sandbox
 from rspo_jax.rewards.code.sandbox_process import Limits
 from tests.support.code_cases import verdict
 from tests.support.paths import DOCS, SHARED
@@ -20,15 +20,7 @@ from tests.support.paths import DOCS, SHARED
 HUMANEVAL = SHARED / "humaneval.jsonl.gz"
 
 
-@pytest.fixture(scope="module")
-def box():
-  try:
-    return find_sandbox()
-  except RuntimeError as error:
-    pytest.skip(str(error)[:300])
-
-
-# Finding the program in a completion.
+# The program in a completion.
 
 
 @pytest.mark.parametrize(
@@ -64,25 +56,25 @@ PROMPT = 'from math import floor\n\ndef half(x):\n  """Half of x, rounded down."
     "half = lambda x: x // 2",
   ],
 )
-def test_a_completion_goes_on_where_the_prompt_ends_or_is_a_whole_program(text):
+def test_a_completion_continues_the_prompt_or_is_a_whole_program(text):
   names = {}
   exec(assemble(PROMPT, text, "half"), names)
   assert names["half"](7) == 3
 
 
 @pytest.mark.parametrize("text", ["", " \n", "The answer is 3.", "def half(x:", "x = '\0'", "  return ("])
-def test_what_does_not_compile_is_no_program(text):
+def test_text_that_does_not_compile_is_no_program(text):
   assert assemble("", text, "half") is None
 
 
 # Records of data sets.
 
 
-def test_records_are_read_by_their_field_names():
+def test_field_names_determine_the_format_of_a_record():
   humaneval = {"task_id": "1", "prompt": "p", "test": "t", "entry_point": "f", "canonical_solution": "c"}
-  assert task_of(humaneval) == CodeTask(prompt="p", test="t", entry_point="f")
+  assert task_from_record(humaneval) == CodeTask(prompt="p", test="t", entry_point="f")
   mbpp = {"prompt": "Write ...", "code": "c", "test_imports": ["import math"], "test_list": ["assert f(1) == 2"]}
-  assert task_of(mbpp) == CodeTask(setup="import math\n", asserts=("assert f(1) == 2",))
+  assert task_from_record(mbpp) == CodeTask(setup="import math\n", asserts=("assert f(1) == 2",))
   cases = CodeTask(cases=(("1", "2"), ("3", "4")))
   pairs = {"inputs": ["1", "3"], "outputs": ["2", "4"]}
   for record in (
@@ -91,7 +83,7 @@ def test_records_are_read_by_their_field_names():
     {"input_output": json.dumps(pairs)},
     {"cases": [["1", "2"], ["3", "4"]]},
   ):
-    assert task_of(record) == cases
+    assert task_from_record(record) == cases
 
 
 @pytest.mark.parametrize(
@@ -108,10 +100,10 @@ def test_records_are_read_by_their_field_names():
 )
 def test_records_without_usable_tests_are_refused(record, message):
   with pytest.raises(ValueError, match=message):
-    task_of(record)
+    task_from_record(record)
 
 
-# Right and wrong programs.
+# Correct and incorrect programs.
 
 CHECKED = {
   "prompt": PROMPT,
@@ -149,9 +141,9 @@ def check(candidate):
     ("```python\n```", "no code"),
   ],
 )
-def test_a_function_is_judged_by_check(box, completion, reason):
-  found = verdict(box, completion, CHECKED)
-  assert (found.success, found.reason) == (reason == "right", reason), found
+def test_verdicts_on_a_function_tested_by_check(box, completion, reason):
+  result = verdict(box, completion, CHECKED)
+  assert (result.success, result.reason) == (reason == "right", reason), result
 
 
 @pytest.mark.parametrize(
@@ -168,7 +160,7 @@ def test_a_function_is_judged_by_check(box, completion, reason):
     (["assert True"], "error"),
   ],
 )
-def test_a_program_is_judged_by_asserts(box, asserts, reason):
+def test_verdicts_on_a_program_tested_by_asserts(box, asserts, reason):
   program = """
 import collections, math
 def total(numbers): return math.fsum(numbers)
@@ -179,11 +171,11 @@ class Box:
   def __eq__(self, other): return True
 def weight(box): return box.weight
 """
-  found = verdict(box, program, {"test_list": asserts})
-  assert found.reason == reason, found
+  result = verdict(box, program, {"test_list": asserts})
+  assert result.reason == reason, result
 
 
-def test_builtins_in_asserts_are_not_the_candidates(box):
+def test_asserts_use_the_checkers_builtins(box):
   program = "def f(x): return 0\ndef set(*_): return 1\nabs = len = set"
   for statement in ("set(f(1)) == set([1])", "abs(f(2) - 7) < 1e-6", "f(0) == 0 and len(f(3)) == 1"):
     asserts = ["assert f(9) == 0", f"assert {statement}"]
@@ -213,12 +205,12 @@ ECHO = {"inputs": ["2\n1 2\n3 4\n", "0\n"], "outputs": ["3\n7\n", ""]}
     ("This adds numbers.", "no code"),
   ],
 )
-def test_a_program_is_judged_by_what_it_writes(box, program, reason):
-  found = verdict(box, program, ECHO)
-  assert (found.success, found.reason) == (reason == "right", reason), found
+def test_verdicts_on_a_program_tested_by_its_output(box, program, reason):
+  result = verdict(box, program, ECHO)
+  assert (result.success, result.reason) == (reason == "right", reason), result
 
 
-def test_methods_can_be_tested_and_exceptions_keep_their_kind(box):
+def test_methods_can_be_tested_and_exceptions_keep_their_builtin_base(box):
   test = """
 def check(candidate):
   assert candidate(2) == 4
@@ -231,10 +223,10 @@ def check(candidate):
 """
   task = CodeTask(test=test, entry_point="Solution().square")
   program = """
-class Mine(ValueError): pass
+class Negative(ValueError): pass
 class Solution:
   def square(self, x):
-    if x < 0: raise Mine('no')
+    if x < 0: raise Negative('no')
     return x * x
 """
   assert verdict(box, program, task).reason == "right"
@@ -244,48 +236,48 @@ class Solution:
 # Rewards.
 
 
-def test_a_right_program_earns_one_and_any_other_nothing(box):
+def test_the_reward_is_one_for_a_correct_program_and_zero_otherwise(box):
   reward, example = CodeReward(), Example(PROMPT, CHECKED)
-  for gold in (CHECKED, task_of(CHECKED)):
+  for gold in (CHECKED, task_from_record(CHECKED)):
     assert reward("  return x // 2\n", example._replace(gold=gold)) == RewardResult(1.0, True, True, "right")
   assert reward("  return x\n", example) == RewardResult(0.0, False, True, "wrong answer")
   prose = reward("It is easy.", Example("", {"test_list": ["assert f(1) == 1"]}))
   assert prose == RewardResult(0.0, False, False, "no code")
 
 
-def test_a_batch_is_judged_side_by_side_and_stays_in_order(box):
+def test_results_of_a_parallel_batch_are_in_order(box):
   texts = ["  return x // 2\n", "  return x\n", "  import os; os._exit(0)\n", "  return ("] * 3
   scores = score_completions(CodeReward(workers=3), texts, [Example(PROMPT, CHECKED)] * len(texts))
   assert scores.success.tolist() == scores.reward.tolist() == [True, False, False, False] * 3
   assert scores.reason == ("right", "wrong answer", "error", "no code") * 3
 
 
-def test_settings_of_the_reward_are_checked(box):
+def test_limits_reach_the_programs_and_invalid_options_are_refused(box):
   assert CodeReward(cpu_seconds=1)("  while True: pass\n", Example(PROMPT, CHECKED)).reason == "timeout"
-  for settings_, message in (
+  for options, message in (
     ({"workers": 0}, "workers is 0"),
     ({"seconds": 1}, "no limit seconds"),
     ({"cpu_seconds": 0}, "cpu_seconds is 0"),
   ):
     with pytest.raises(ValueError, match=message):
-      CodeReward(**settings_)
+      CodeReward(**options)
 
 
 @pytest.mark.parametrize("gold", [{"prompt": "x"}, 7, None])
-def test_a_gold_of_another_kind_names_its_prompt(box, gold):
+def test_an_unusable_gold_is_reported_with_its_prompt(box, gold):
   with pytest.raises(ValueError, match="The gold of the example with prompt 'half' cannot be used"):
     CodeReward()("x = 1", Example("half", gold))
 
 
-def test_weak_isolation_is_refused_unless_asked_for(monkeypatch):
+def test_weak_isolation_is_refused_without_allow_weak(monkeypatch):
   monkeypatch.setattr(sandbox, "_strongest", lambda: Sandbox("rlimits", b""))
   with pytest.raises(RuntimeError, match="allow_weak=True"):
     CodeReward()
   CodeReward(allow_weak=True)
 
 
-def test_limits_alone_judge_alike():
-  weak = sandbox_of("rlimits")
+def test_rlimits_give_the_same_verdicts():
+  weak = make_sandbox("rlimits")
   for completion, reason in (
     ("  return x // 2\n", "right"),
     ("  return x\n", "wrong answer"),
@@ -308,35 +300,35 @@ def humaneval():
 
 CORRUPT = """
 
-_right_{name} = {name}
+_correct_{name} = {name}
 def {name}(*arguments):
-  result = _right_{name}(*arguments)
+  result = _correct_{name}(*arguments)
   kinds = ((bool, lambda: not result), ((int, float), lambda: result + 1), (str, lambda: result + "?"))
   kinds += (((list, tuple), lambda: result[:0] if result else type(result)((0,))),)
-  return next((wrong() for kind, wrong in kinds if isinstance(result, kind)), "wrong")
+  return next((change() for kind, change in kinds if isinstance(result, kind)), "wrong")
 """
 
 
-def right_and_corrupted(box, record):
-  task, solution = task_of(record), record["canonical_solution"]
+def correct_and_corrupted_reasons(box, record):
+  task, solution = task_from_record(record), record["canonical_solution"]
   whole = f"So:\n```python\n{record['prompt']}{solution}\n```\n"
   corrupted = solution + CORRUPT.format(name=record["entry_point"])
   return [run_task(text, task, sandbox=box).reason for text in (solution, whole, corrupted)]
 
 
 @pytest.mark.parametrize("number", [0, 4, 32, 38, 50, 53, 95, 115, 129, 162])
-def test_canonical_solutions_pass_and_corrupted_ones_do_not(box, humaneval, number):
-  right, whole, corrupted = right_and_corrupted(box, humaneval[number])
-  assert (right, whole) == ("right", "right")
+def test_canonical_solutions_pass_and_corrupted_ones_fail(box, humaneval, number):
+  alone, whole, corrupted = correct_and_corrupted_reasons(box, humaneval[number])
+  assert (alone, whole) == ("right", "right")
   assert corrupted in ("wrong answer", "error")
 
 
 @pytest.mark.slow
-def test_all_canonical_solutions_pass_and_no_corrupted_one_does(box, humaneval):
+def test_all_canonical_solutions_pass_and_all_corrupted_ones_fail(box, humaneval):
   assert len(humaneval) == 164
   for record in humaneval:
-    right, whole, corrupted = right_and_corrupted(box, record)
-    assert (right, whole) == ("right", "right"), record["task_id"]
+    alone, whole, corrupted = correct_and_corrupted_reasons(box, record)
+    assert (alone, whole) == ("right", "right"), record["task_id"]
     assert corrupted in ("wrong answer", "error"), record["task_id"]
 
 
@@ -345,7 +337,7 @@ def test_all_canonical_solutions_pass_and_no_corrupted_one_does(box, humaneval):
 DOCUMENT = (DOCS / "code_rewards.md").read_text()
 
 
-def test_the_documents_code_prints_what_it_says(box, capsys):
+def test_the_documents_example_prints_its_output(box, capsys):
   code, printed = re.findall(r"^```\w*\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)[:2]
   exec(code, {})
   assert capsys.readouterr().out == printed
