@@ -90,7 +90,7 @@ def join(pieces: Iterable[Completions]) -> Completions:
     np.concatenate([piece.tokens for piece in pieces]),
     Scores(
       *(np.concatenate([getattr(s, name) for s in scores]) for name in ("reward", "success", "format")),
-      *(tuple(item for s in scores for item in getattr(s, name)) for name in ("why", "answer")),
+      *(tuple(item for s in scores for item in getattr(s, name)) for name in ("reason", "answer")),
     ),
     pieces[0].samples,
     None if pieces[0].finished is None else np.concatenate([piece.finished for piece in pieces]),

@@ -83,7 +83,7 @@ def test_lines_say_everything_of_a_completion_and_come_back_as_completions(tmp_p
   }  # fmt: skip
   found, wanted = completions_of(lines), join(batches(Generator()))
   assert found.texts == wanted.texts and found.samples == SAMPLES
-  for name in ("reward", "success", "format", "why", "answer"):
+  for name in ("reward", "success", "format", "reason", "answer"):
     np.testing.assert_array_equal(getattr(found.scores, name), getattr(wanted.scores, name))
   np.testing.assert_array_equal(found.tokens, wanted.tokens)
   np.testing.assert_array_equal(found.finished, wanted.finished)

@@ -265,7 +265,7 @@ def test_a_load_that_fails_once_is_tried_again_and_its_traceback_logged(tmp_path
 SAVER = """
 import sys
 import jax, jax.numpy as jnp
-from rspo_jax.checkpoint import Checkpoints
+from rspo_jax.run.checkpoint import Checkpoints
 jax.config.update("jax_platforms", "cpu")
 with Checkpoints(sys.argv[1], keep=1) as checkpoints:
   template = {"w": jnp.zeros((256, 256)), "step": jnp.int32(0)}
