@@ -35,7 +35,7 @@ from rspo_jax.evaluation import summary
 from rspo_jax.evaluation.completion_log import CompletionLog, Completions, completions_of, digest, read_lines
 from rspo_jax.evaluation.summary import describe, estimates, note, table_rows, write_up
 from rspo_jax.rewards.base import close
-from rspo_jax.run.checkpoint import fingerprints
+from rspo_jax.run.fingerprints import fingerprints
 from rspo_jax.run.workdir import claim_workdir, dump_json_atomic, lock_workdir, write_text_atomic
 from rspo_jax.types import Params
 

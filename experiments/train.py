@@ -31,7 +31,7 @@ from rspo_jax.rewards import base
 from rspo_jax.rl_step import build_rl
 from rspo_jax.rollout.collector import Collector
 from rspo_jax.run.checkpoint import Checkpoints
-from rspo_jax.run.host_state import abstract, bundle, unbundle
+from rspo_jax.run.host_state import abstract_bundle, bundle, unbundle
 from rspo_jax.run.metrics import MetricsWriter
 from rspo_jax.run.workdir import claim_workdir, dump_json_atomic
 from rspo_jax.training.state import abstract_state, restart_optimizer
@@ -79,7 +79,9 @@ class Run:
     Args:
       abstract_states: per phase; what its optimizer keeps differs where RL freezes parameters.
     """
-    restored = self.checkpoints.restore(lambda meta: abstract(abstract_states[meta["phase"]], meta, self.parts.layout))
+    restored = self.checkpoints.restore(
+      lambda meta: abstract_bundle(abstract_states[meta["phase"]], meta, self.parts.layout)
+    )
     if restored is None:
       self.writer.truncate("", 0)
       return "", 0

@@ -197,6 +197,6 @@ def _states_of_run(folder: str | Path, layout: Layout) -> Callable[[dict[str, An
   }
 
   def abstract(meta: dict[str, Any]) -> Any:
-    return host_state.abstract(abstract_state(policy, optimizers[meta["phase"]][0], layout), meta, layout)
+    return host_state.abstract_bundle(abstract_state(policy, optimizers[meta["phase"]][0], layout), meta, layout)
 
   return abstract

@@ -1,7 +1,13 @@
-"""What a run leaves on disk: checkpoints, the claimed workdir, metrics, and the host's share of a checkpoint."""
+"""The files of a run: checkpoints and their fingerprints, the claimed and locked workdir, metrics.
 
-from rspo_jax.run.checkpoint import CheckpointError, CheckpointMismatchError, Checkpoints, Restored, fingerprints
-from rspo_jax.run.host_state import RunState, bundle, unbundle
+Here belongs everything a run writes in order to resume or to be measured. Completions of an evaluation belong to
+`rspo_jax.evaluation`; plots, reports and the progress display to the experiments.
+"""
+
+from rspo_jax.run.checkpoint import CheckpointError, CheckpointMismatchError, Checkpoints, Restored
+from rspo_jax.run.fingerprints import fingerprints
+from rspo_jax.run.host_state import RunState, abstract_bundle, bundle, unbundle
+from rspo_jax.run.leaves import abstract
 from rspo_jax.run.metrics import (
   METRICS,
   PATTERNS,
@@ -23,6 +29,8 @@ __all__ = [
   "MetricsWriter",
   "Restored",
   "RunState",
+  "abstract",
+  "abstract_bundle",
   "bundle",
   "claim_workdir",
   "deterministic",

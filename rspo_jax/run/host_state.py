@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds: its train state and, where something is carried over, arrays of the host."""
+"""The tree that a run checkpoints: its train state and, with partial rollouts, host arrays packed into one array."""
 
 import io
 from collections.abc import Mapping
@@ -11,9 +11,12 @@ from rspo_jax.types import Layout, TrainState
 
 
 class RunState(NamedTuple):
-  """A train state, and the host's arrays as the bytes [n] uint8 of a .npz file.
+  """A train state and host arrays.
 
-  The bytes are padded to a power of two: few sizes, and so few programs that look at them.
+  Attributes:
+    train: the train state.
+    host: [n] uint8, the bytes of a .npz file. n is padded to a power of two, so that few sizes occur and few programs
+      are compiled for them.
   """
 
   train: TrainState
@@ -21,27 +24,35 @@ class RunState(NamedTuple):
 
 
 def bundle(state: TrainState, arrays: Mapping[str, np.ndarray], layout: Layout) -> tuple[Any, dict[str, int]]:
-  """What to save, and what to add to its meta so that `abstract` knows its size. Without arrays it is the state."""
+  """The tree to save, and the entries to add to its meta, from which `abstract_bundle` knows the size.
+
+  Returns:
+    (`state`, {}) if there are no arrays, else (`RunState`, {"host_bytes": bytes before padding}).
+  """
   if not arrays:
     return state, {}
   file = io.BytesIO()
   np.savez(file, **arrays)
-  found = np.frombuffer(file.getvalue(), np.uint8)
-  host = np.zeros(_padded(found.size), np.uint8)
-  host[: found.size] = found
+  content = np.frombuffer(file.getvalue(), np.uint8)
+  host = np.zeros(_padded(content.size), np.uint8)
+  host[: content.size] = content
   placed = jax.make_array_from_callback(host.shape, layout.sharding(), lambda index: host[index])
-  return RunState(state, placed), {"host_bytes": found.size}
+  return RunState(state, placed), {"host_bytes": content.size}
 
 
-def abstract(state: TrainState, meta: Mapping[str, Any], layout: Layout) -> Any:
-  """The abstract tree of a checkpoint with this meta; state: its abstract train state."""
+def abstract_bundle(state: TrainState, meta: Mapping[str, Any], layout: Layout) -> Any:
+  """The abstract tree of a checkpoint with this meta.
+
+  Args:
+    state: its abstract train state. meta: the meta that the checkpoint was saved with.
+  """
   if not meta.get("host_bytes"):
     return state
   return RunState(state, jax.ShapeDtypeStruct((_padded(meta["host_bytes"]),), np.uint8, sharding=layout.sharding()))
 
 
 def unbundle(saved: Any, meta: Mapping[str, Any]) -> tuple[TrainState, dict[str, np.ndarray]]:
-  """The train state and the arrays of what was restored."""
+  """The train state and the host arrays of a restored tree; the inverse of `bundle`."""
   if not isinstance(saved, RunState):
     return saved, {}
   host = np.asarray(saved.host.addressable_data(0))[: meta["host_bytes"]]

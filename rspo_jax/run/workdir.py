@@ -1,4 +1,4 @@
-"""The claim a run lays on its workdir, and files that are never met half written."""
+"""Claiming and locking the workdir of a run, and writing its files atomically."""
 
 import fcntl
 import json
@@ -10,6 +10,8 @@ from typing import IO, Any
 
 import jax
 
+from rspo_jax.files import read_json
+
 _log = logging.getLogger(__name__)
 _ABSENT = object()
 
@@ -17,19 +19,19 @@ _ABSENT = object()
 def claim_workdir(
   workdir: str | os.PathLike, config: Mapping[str, Any], free_keys: Sequence[str] = ("workdir",)
 ) -> None:
-  """Makes the workdir this run's: writes `config.json` the first time, later refuses another config.
+  """Binds a workdir to a config: writes `config.json` the first time, and refuses another config later.
 
-  Call it before anything else writes to the workdir. Only process 0 writes; the others compare where they can
-  see the file.
+  Call it before anything else writes to the workdir. Only process 0 writes; the other processes compare if they can see
+  the file.
 
   Args:
-    workdir: made if missing.
+    workdir: created if missing.
     config: nested, JSON-able.
-    free_keys: dotted keys (each with everything below it) that may change between starts; `config.json` then
-      gets the new value.
+    free_keys: dotted keys (each with everything below it) that may change between starts; `config.json` then gets the
+      new value.
   Raises:
-    ValueError: the workdir cannot be made or is a file, holds results without a config, a broken
-      `config.json`, or another config: the differing keys are listed one per line, old and new value.
+    ValueError: the workdir cannot be created, is a file, or holds results without a config, an unreadable
+      `config.json`, or another config; then the differing keys are listed one per line with old and new value.
   """
   workdir = pathlib.Path(workdir)
   path = workdir / "config.json"
@@ -37,12 +39,7 @@ def claim_workdir(
   if not path.exists():
     _start_workdir(workdir, new)
     return
-  try:
-    old = json.loads(path.read_text(encoding="utf-8"))
-    old_flat = _flatten(old)
-  except (ValueError, AttributeError, OSError) as error:
-    raise ValueError(f"{path} cannot be read as a config ({error}). Choose another --workdir.") from error
-  new_flat = _flatten(new)
+  old_flat, new_flat = _flatten(_read_config(path)), _flatten(new)
   keys = sorted(old_flat.keys() | new_flat.keys())
   differing = [key for key in keys if old_flat.get(key, _ABSENT) != new_flat.get(key, _ABSENT)]
   refused = [key for key in differing if not _is_free(key, free_keys)]
@@ -56,10 +53,12 @@ def claim_workdir(
 
 
 def lock_workdir(workdir: pathlib.Path) -> IO[str]:
-  """Holds `workdir/.lock` until closed. A record lock: children do not inherit it, a kill frees it.
+  """Locks `workdir/.lock` until the returned file is closed.
+
+  It is a record lock: child processes do not inherit it, and a kill releases it.
 
   Raises:
-    ValueError: another process holds it.
+    ValueError: another process holds the lock.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   file = open(workdir / ".lock", "w")  # noqa: SIM115
@@ -71,24 +70,24 @@ def lock_workdir(workdir: pathlib.Path) -> IO[str]:
       f"another process is writing to {workdir}. Wait for it or stop it, or choose another --workdir."
     ) from error
   except OSError:
-    _log.info("%s is on a file system without locks; nothing guards it from a second run", workdir)
+    _log.info("%s is on a file system without locks, so a second run on it cannot be detected", workdir)
   return file
 
 
 def dump_json_atomic(path: str | os.PathLike, value: Any) -> None:
-  """Writes JSON so that a reader, or a kill, meets the old file or the new one, never half of one.
+  """Writes JSON atomically: after a kill, and for concurrent readers, the file is the old one or the new one.
 
   Numpy and jax scalars and arrays become numbers and lists.
 
   Raises:
-    ValueError: NaN or infinity, which JSON has not. TypeError: what JSON cannot hold.
+    ValueError: NaN or infinity, which JSON cannot represent. TypeError: a value of any other type.
   """
   text = json.dumps(value, indent=2, allow_nan=False, default=_from_array) + "\n"
   write_text_atomic(pathlib.Path(path), text)
 
 
 def write_text_atomic(path: pathlib.Path, text: str) -> None:
-  """As `dump_json_atomic`, for text. One writer at a time: the temporary file has a fixed name."""
+  """As `dump_json_atomic`, for text. For one writer at a time, because the temporary file has a fixed name."""
   temporary = path.with_name(f".{path.name}.tmp")
   with open(temporary, "w", encoding="utf-8") as file:
     file.write(text)
@@ -98,10 +97,10 @@ def write_text_atomic(path: pathlib.Path, text: str) -> None:
 
 
 def to_plain_json(value: Any) -> Any:
-  """What JSON makes of it: tuples become lists, numpy and jax values numbers and lists.
+  """A value as JSON reads it back: tuples become lists, numpy and jax values become numbers and lists.
 
   Raises:
-    ValueError: something JSON cannot hold, NaN and infinity among it.
+    ValueError: a value that JSON cannot represent, such as NaN and infinity.
   """
   try:
     return json.loads(json.dumps(value, allow_nan=False, default=_from_array))
@@ -114,7 +113,7 @@ def to_plain_json(value: Any) -> Any:
 def _start_workdir(workdir: pathlib.Path, config: Any) -> None:
   if any((workdir / name).exists() for name in ("checkpoints", "metrics.jsonl")):
     raise ValueError(
-      f"{workdir} holds results of a run but no config.json, so nothing tells whether they are this run's. "
+      f"{workdir} holds results of a run but no config.json, so it is unknown whether they belong to this run. "
       "Choose another --workdir."
     )
   if jax.process_index() != 0:
@@ -124,8 +123,16 @@ def _start_workdir(workdir: pathlib.Path, config: Any) -> None:
     dump_json_atomic(workdir / "config.json", config)
   except OSError as error:
     raise ValueError(
-      f"--workdir {workdir} cannot be used ({error}); want a folder that is writable or can be made."
+      f"--workdir {workdir} cannot be used ({error}); want a folder that is writable or can be created."
     ) from error
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+  cure = "Choose another --workdir."
+  try:
+    return read_json(path, cure=cure)
+  except OSError as error:
+    raise ValueError(f"{path} cannot be read ({error}). {cure}") from error
 
 
 def _is_free(key: str, free_keys: Sequence[str]) -> bool:

@@ -13,8 +13,9 @@ import pytest
 from experiments.setup.build import build
 from experiments.setup.config_flags import read_config
 from experiments.setup.optimizer import rl_optimizer
-from rspo_jax.run.checkpoint import Checkpoints, fingerprints
-from rspo_jax.run.host_state import abstract
+from rspo_jax.run.checkpoint import Checkpoints
+from rspo_jax.run.fingerprints import fingerprints
+from rspo_jax.run.host_state import abstract_bundle
 from rspo_jax.run.metrics import METRICS, deterministic, read_metrics
 from rspo_jax.training.state import abstract_state
 from tests.support.configs import SETTINGS
@@ -67,7 +68,7 @@ def results(workdir):
   optimizer, _ = rl_optimizer(parts.config)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     state = abstract_state(parts.policy, optimizer, parts.layout)
-    restored = checkpoints.restore(lambda meta: abstract(state, meta, parts.layout))
+    restored = checkpoints.restore(lambda meta: abstract_bundle(state, meta, parts.layout))
   return [deterministic(row) for row in read_metrics(workdir / "metrics.jsonl")], fingerprints(restored.state)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints come back as they were, survive kills and damage, and refuse what does not belong to them."""
+"""Checkpoints are restored bitwise, survive kills and damage, and refuse states of another model."""
 
 import logging
 import os
@@ -16,11 +16,13 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rspo_jax.run.checkpoint import CheckpointError, CheckpointMismatchError, Checkpoints, abstract, fingerprints
+from rspo_jax.run.checkpoint import CheckpointError, CheckpointMismatchError, Checkpoints
+from rspo_jax.run.fingerprints import fingerprints
+from rspo_jax.run.leaves import abstract
 from rspo_jax.types import TrainState
 from tests.support.paths import ROOT
 
-# Reads that Orbax cancels after a damaged one complain when they are collected.
+# After a damaged read Orbax cancels its other reads, which warn when they are garbage-collected.
 pytestmark = [
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
   pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
@@ -33,7 +35,7 @@ def make_mesh(*shape):
 
 
 def make_state(seed=0, mesh=None, width=8):
-  """A small TrainState with what a real one has: nested params, two dtypes, a deep optax state."""
+  """A small TrainState with the structure of a real one: nested params, two dtypes, a nested optax state."""
   params = {
     "embed": {"table": jax.random.normal(jax.random.key(seed), (16, width))},
     "layers": [{"w": jnp.full((width, 4), seed, jnp.bfloat16)}, {"w": jnp.arange(4.0)}],
@@ -64,7 +66,7 @@ def save_steps(workdir, steps, **kwargs):
       checkpoints.save(step, make_state(step), {"phase": "rl", "data": {"next_index": step}}, {"eval/success": 0.5})
 
 
-def test_state_meta_and_step_come_back_as_they_were(tmp_path):
+def test_state_meta_and_step_are_restored_exactly(tmp_path):
   state = make_state(3)
   meta = {"phase": "rl", "data": {"next_index": 7, "epoch": {}}, "seed": 0, "none": None, "list": [1, 2.5, "x"]}
   with Checkpoints(tmp_path) as checkpoints:
@@ -79,15 +81,15 @@ def test_state_meta_and_step_come_back_as_they_were(tmp_path):
   assert_same(restored.state, state)
 
 
-def test_restored_state_follows_the_shardings_asked_for_not_the_saved_ones(tmp_path):
+def test_restored_state_has_the_requested_shardings_not_the_saved_ones(tmp_path):
   save_mesh, load_mesh = make_mesh(4), make_mesh(2, 2)
   state = make_state(1, save_mesh)
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, state, {})
-    wanted = abstract(make_state(1, load_mesh))
-    restored = checkpoints.restore(wanted)
+    requested = abstract(make_state(1, load_mesh))
+    restored = checkpoints.restore(requested)
   assert_same(restored.state, state)
-  for got, want in zip(jax.tree.leaves(restored.state), jax.tree.leaves(wanted), strict=True):
+  for got, want in zip(jax.tree.leaves(restored.state), jax.tree.leaves(requested), strict=True):
     assert got.sharding == want.sharding
   assert len(restored.state.params["embed"]["table"].sharding.device_set) == 4
 
@@ -105,7 +107,7 @@ def test_state_may_be_donated_while_it_is_being_saved(tmp_path):
     assert fingerprints(checkpoints.restore(state).state) == want
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
+def test_the_newest_and_the_best_steps_are_kept(tmp_path):
   state = {"w": jnp.zeros(3)}
   success = {1: 0.2, 2: 0.9, 3: 0.9, 4: 0.1, 5: float("nan"), 6: None, 7: 0.3}
   with Checkpoints(tmp_path, keep=2) as checkpoints:
@@ -141,7 +143,7 @@ def test_an_older_step_a_missing_step_and_a_read_only_save_are_refused(tmp_path)
     Checkpoints(tmp_path / "nowhere", read_only=True)
 
 
-def test_another_model_is_refused_with_the_leaves_named(tmp_path):
+def test_another_model_is_refused_and_the_differing_leaves_are_named(tmp_path):
   save_steps(tmp_path, [1, 2])
   other = make_state(width=12)
   other = other.replace(params=other.params | {"head": jnp.zeros((2,))}, step=other.step.astype(jnp.uint32))
@@ -161,8 +163,8 @@ def checkpoint_files(workdir, step):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
-def test_damage_to_any_file_of_the_newest_is_never_loaded_as_if_whole(tmp_path, damage, caplog):
-  """Every file in turn: what loads is the newest, bitwise right, or the one before it with a warning."""
+def test_damage_to_any_file_of_the_newest_checkpoint_is_detected_or_harmless(tmp_path, damage, caplog):
+  """For each file: restore gives the newest state bitwise, or the previous one with a warning."""
   save_steps(tmp_path, [1, 2])
   states = {1: make_state(1), 2: make_state(2)}
   fallen_back = 0
@@ -185,11 +187,11 @@ def test_damage_to_any_file_of_the_newest_is_never_loaded_as_if_whole(tmp_path, 
       warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
       assert any(f"checkpoint {tmp_path / 'checkpoints' / '2'} cannot be read" in w for w in warnings)
     path.write_bytes(whole)
-  assert fallen_back >= 2  # at the very least the arrays and the metadata
+  assert fallen_back >= 2  # at least for the arrays and for the metadata
 
 
-def test_an_emptied_step_folder_is_skipped_and_strange_files_do_not_matter(tmp_path):
-  """What is left when someone, or a kill, interrupts a deletion."""
+def test_an_empty_step_folder_is_skipped_and_unrelated_files_are_ignored(tmp_path):
+  """An interrupted deletion leaves such a folder."""
   save_steps(tmp_path, [1, 2])
   shutil.rmtree(tmp_path / "checkpoints" / "2")
   (tmp_path / "checkpoints" / "2").mkdir()
@@ -203,8 +205,8 @@ def test_an_emptied_step_folder_is_skipped_and_strange_files_do_not_matter(tmp_p
     assert checkpoints.restore(make_state()).step == 3
 
 
-def test_a_flipped_bit_in_raw_array_data_is_found(tmp_path):
-  """Random mantissas do not compress: nothing but our fingerprints guards them."""
+def test_a_flipped_bit_in_raw_array_data_is_detected(tmp_path):
+  """Random mantissas are stored uncompressed, so only the fingerprints protect them."""
   state = {"w": jax.random.normal(jax.random.key(0), (256, 256))}
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, state, {})
@@ -218,21 +220,21 @@ def test_a_flipped_bit_in_raw_array_data_is_found(tmp_path):
       checkpoints.restore(state)
 
 
-def test_after_falling_back_the_run_saves_the_damaged_step_anew(tmp_path):
+def test_after_falling_back_the_run_saves_the_damaged_step_again(tmp_path):
   save_steps(tmp_path, [1, 2])
   max(checkpoint_files(tmp_path, 2), key=lambda p: p.stat().st_size).write_bytes(b"")
   with Checkpoints(tmp_path, keep=1) as checkpoints:
     assert checkpoints.restore(make_state()).step == 1
     assert checkpoints.latest_step() == 1
-    checkpoints.save(2, make_state(2), {"anew": True}, {"eval/success": 0.5})
+    checkpoints.save(2, make_state(2), {"again": True}, {"eval/success": 0.5})
     checkpoints.wait()
-    assert checkpoints.restore(make_state()).meta == {"anew": True}
+    assert checkpoints.restore(make_state()).meta == {"again": True}
   assert len(list((tmp_path / "unreadable").glob("2-*"))) == 1
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.steps() == [2]
 
 
-def test_when_no_checkpoint_can_be_read_all_are_named_with_the_cure(tmp_path):
+def test_if_no_checkpoint_can_be_read_the_error_names_all_of_them_and_the_cure(tmp_path):
   save_steps(tmp_path, [1, 2])
   for step in (1, 2):
     max(checkpoint_files(tmp_path, step), key=lambda p: p.stat().st_size).write_bytes(b"")
@@ -244,16 +246,16 @@ def test_when_no_checkpoint_can_be_read_all_are_named_with_the_cure(tmp_path):
   assert "--workdir" in message
 
 
-def test_a_load_that_fails_once_is_tried_again_and_its_traceback_logged(tmp_path, monkeypatch, caplog):
+def test_a_load_that_fails_once_is_retried_and_its_traceback_is_logged(tmp_path, monkeypatch, caplog):
   save_steps(tmp_path, [1, 2])
   with Checkpoints(tmp_path) as checkpoints:
     load, calls = checkpoints._load, []
 
-    def flaky(step, wanted):
+    def flaky(step, requested):
       calls.append(step)
       if len(calls) == 1:
         raise RuntimeError("for an unknown reason")
-      return load(step, wanted)
+      return load(step, requested)
 
     monkeypatch.setattr(checkpoints, "_load", flaky)
     assert checkpoints.restore(make_state()).step == 2
@@ -297,7 +299,7 @@ def test_a_run_killed_while_it_saves_continues_from_the_newest_complete_step(tmp
     saver = start_saver(tmp_path)
     ready = saver.stdout.readline().split()
     assert ready[:1] == ["ready"], saver.communicate()[1]
-    assert int(ready[1]) >= max(last - 1, 0)  # save N began, so save N - 1 was whole
+    assert int(ready[1]) >= max(last - 1, 0)  # save N had started, so save N - 1 was complete
     while True:
       last = int(saver.stdout.readline().split()[1])
       if last >= int(ready[1]) + 4:
@@ -330,7 +332,7 @@ def test_a_second_process_on_the_same_workdir_is_refused(tmp_path):
   Checkpoints(tmp_path).close()
 
 
-def test_fingerprints_see_one_bit_and_a_swap_but_not_the_sharding():
+def test_fingerprints_detect_one_bit_and_a_swap_and_are_independent_of_the_sharding():
   sharding = NamedSharding(make_mesh(2, 2), PartitionSpec("fsdp", "data"))
   for dtype in (jnp.float32, jnp.bfloat16, jnp.uint8, jnp.bool_):
     base = (np.arange(32).reshape(8, 4) % 2).astype(dtype)

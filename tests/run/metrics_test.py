@@ -1,4 +1,4 @@
-"""Metrics are written under documented names, one valid JSON line each, and go on after a kill as if nothing was."""
+"""Metrics are written under documented names as valid JSON lines, and the file of a resumed run has no gap."""
 
 import json
 import logging
@@ -32,18 +32,18 @@ def lines(workdir):
 
 def scalars(workdir, phase):
   """(tag, step, value) of every scalar in the phase's event files, read from the record format."""
-  out = []
+  found = []
   for path in sorted((workdir / "tensorboard" / phase).glob("events.*")):
-    data, at = path.read_bytes(), 0
-    while at < len(data):
-      length = int.from_bytes(data[at : at + 8], "little")
-      event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
-      at += 8 + 4 + length + 4
-      out += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
-  return out
+    data, offset = path.read_bytes(), 0
+    while offset < len(data):
+      length = int.from_bytes(data[offset : offset + 8], "little")
+      event = event_pb2.Event.FromString(data[offset + 12 : offset + 12 + length])
+      offset += 8 + 4 + length + 4
+      found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+  return found
 
 
-def test_every_name_is_group_slash_name_with_a_meaning():
+def test_every_metric_name_is_group_slash_name_with_a_description():
   assert len(METRICS) > 40
   for name, meaning in METRICS.items():
     group, _, rest = name.partition("/")
@@ -53,7 +53,7 @@ def test_every_name_is_group_slash_name_with_a_meaning():
     assert "\n" not in meaning, name
 
 
-def test_a_row_comes_back_with_types_and_bits_intact(tmp_path):
+def test_a_row_is_read_back_with_its_types_and_bits(tmp_path):
   values = {
     "reward/mean": jnp.float32(0.1),
     "reward/std": 0.25,
@@ -73,13 +73,13 @@ def test_a_row_comes_back_with_types_and_bits_intact(tmp_path):
   assert got["shift/layer_drift"] == [float(jnp.bfloat16(0.1)), float(jnp.bfloat16(0.2))]
 
 
-def test_values_that_json_has_not_keep_the_line_valid_and_come_back(tmp_path):
+def test_non_finite_values_are_valid_json_and_are_read_back(tmp_path):
   drift = [1.0, float("inf")]
   with MetricsWriter(tmp_path) as writer:
     writer.write("rl", 1, {"grad/norm": jnp.nan, "ratio/max": -jnp.inf, "shift/layer_drift": jnp.asarray(drift)})
 
   def refuse(constant):
-    raise AssertionError(f"{constant} is no JSON")
+    raise AssertionError(f"{constant} is not JSON")
 
   json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
   (got,) = read_metrics(tmp_path / "metrics.jsonl")
@@ -88,7 +88,7 @@ def test_values_that_json_has_not_keep_the_line_valid_and_come_back(tmp_path):
   assert got["shift/layer_drift"] == drift
 
 
-def test_unknown_names_and_values_that_are_no_numbers_are_refused(tmp_path):
+def test_unknown_names_and_values_that_are_not_numbers_are_refused(tmp_path):
   with MetricsWriter(tmp_path) as writer:
     with pytest.raises(ValueError, match=r"unknown metric reward/avg;.*METRICS"):
       writer.write("rl", 1, {"reward/mean": 1.0, "reward/avg": 1.0})
@@ -113,7 +113,7 @@ WHOLE = [("warm_start", s) for s in (1, 2, 3)] + [("rl", s) for s in (1, 2, 3, 4
   ("phase", "step", "kept"),
   [("rl", 2, 5), ("rl", 0, 3), ("warm_start", 2, 2), ("warm_start", 3, 3), ("warm_start", 0, 0), ("", 0, 0)],
 )
-def test_an_interrupted_run_ends_with_the_rows_of_one_never_stopped(tmp_path, phase, step, kept):
+def test_an_interrupted_run_has_the_same_rows_as_an_uninterrupted_one(tmp_path, phase, step, kept):
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   whole.mkdir()
   broken.mkdir()
@@ -135,21 +135,21 @@ def test_an_interrupted_run_ends_with_the_rows_of_one_never_stopped(tmp_path, ph
   assert not list(broken.glob("*.tmp")) + list(broken.glob(".*"))
 
 
-def test_a_phase_that_has_no_row_yet_keeps_all_that_came_before(tmp_path):
+def test_truncating_to_a_phase_without_rows_keeps_all_earlier_rows(tmp_path):
   write_run(tmp_path, WHOLE[:3])
   with MetricsWriter(tmp_path) as writer:
     writer.truncate("rl", 0)
   assert lines(tmp_path) == WHOLE[:3]
 
 
-def test_a_new_run_has_nothing_to_truncate(tmp_path):
+def test_truncating_a_new_run_does_nothing(tmp_path):
   with MetricsWriter(tmp_path) as writer:
     writer.truncate("", 0)
     writer.write("rl", 1, row(1))
   assert lines(tmp_path) == [("rl", 1)]
 
 
-def test_broken_lines_are_skipped_and_named(tmp_path, caplog):
+def test_incomplete_lines_are_skipped_and_named(tmp_path, caplog):
   write_run(tmp_path, WHOLE[:2])
   path = tmp_path / "metrics.jsonl"
   good = path.read_bytes().splitlines(keepends=True)
@@ -162,7 +162,7 @@ def test_broken_lines_are_skipped_and_named(tmp_path, caplog):
     assert f"{path}, line {number}:" in message
 
 
-def test_tensorboard_gets_each_element_of_a_vector_and_each_phase_apart(tmp_path):
+def test_tensorboard_has_a_tag_for_each_vector_element_and_a_run_for_each_phase(tmp_path):
   write_run(tmp_path, [("warm_start", 1), ("rl", 3)])
   assert ("reward/mean", 1, pytest.approx(0.1)) in scalars(tmp_path, "warm_start")
   got = scalars(tmp_path, "rl")
@@ -171,7 +171,7 @@ def test_tensorboard_gets_each_element_of_a_vector_and_each_phase_apart(tmp_path
   assert not any(tag in ("phase", "step", "time") for tag, _, _ in got)
 
 
-def test_only_clock_and_machine_fields_are_left_out_of_the_comparison():
+def test_deterministic_leaves_out_only_the_fields_of_clock_and_machine():
   names = dict.fromkeys(METRICS, 1) | {"phase": "rl", "step": 1, "time": 2.0}
   left_out = set(names) - set(deterministic(names))
   assert left_out == {"time"} | {n for n in METRICS if n.split("/")[0] in ("seconds", "speed", "memory")}

@@ -1,4 +1,4 @@
-"""A workdir belongs to one config, and its JSON files are whole."""
+"""A workdir belongs to one config, and its JSON files are written atomically."""
 
 import json
 
@@ -11,7 +11,7 @@ from rspo_jax.run.workdir import claim_workdir, dump_json_atomic
 CONFIG = {"seed": 0, "optimizer": {"learning_rate": 1e-3, "betas": (0.9, 0.99)}, "log": {"every": 5}, "workdir": "a"}
 
 
-def test_the_same_config_may_come_back_and_free_keys_may_change(tmp_path):
+def test_the_same_config_is_accepted_again_and_free_keys_may_change(tmp_path):
   workdir = tmp_path / "runs" / "one"
   claim_workdir(workdir, CONFIG)
   claim_workdir(workdir, CONFIG)
@@ -20,7 +20,7 @@ def test_the_same_config_may_come_back_and_free_keys_may_change(tmp_path):
   assert json.loads((workdir / "config.json").read_text())["log"] == {"every": 9}
 
 
-def test_another_config_is_refused_with_the_differing_keys_named(tmp_path):
+def test_another_config_is_refused_and_the_differing_keys_are_named(tmp_path):
   claim_workdir(tmp_path, CONFIG)
   before = (tmp_path / "config.json").read_bytes()
   other = {"seed": 1, "optimizer": {"learning_rate": 1e-3}, "log": {"every": 5}, "workdir": "b", "extra": "x"}
@@ -37,7 +37,7 @@ def test_another_config_is_refused_with_the_differing_keys_named(tmp_path):
   assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_a_workdir_that_cannot_be_ours_is_refused(tmp_path):
+def test_an_unusable_workdir_is_refused(tmp_path):
   file = tmp_path / "file"
   file.write_text("x")
   for path in (file, file / "below"):
@@ -52,7 +52,7 @@ def test_a_workdir_that_cannot_be_ours_is_refused(tmp_path):
       claim_workdir(tmp_path, CONFIG)
 
 
-def test_json_is_replaced_whole_or_not_at_all(tmp_path):
+def test_json_is_replaced_completely_or_not_at_all(tmp_path):
   path = tmp_path / "summary.json"
   dump_json_atomic(path, {"a": np.float32(0.5), "b": jnp.arange(2), "c": (1, 2)})
   assert json.loads(path.read_text()) == {"a": 0.5, "b": [0, 1], "c": [1, 2]}
