@@ -82,12 +82,12 @@ def outcomes(
 
   if getattr(reward, "needs_lengths", False):
     results = reward.score_batch(texts, examples, lengths)
-  elif hasattr(reward, "judge"):
+  elif hasattr(reward, "score_batch"):
     results = reward.score_batch(texts, examples)
   else:
     results = [single(row) for row in range(len(texts))]
   if len(results) != len(texts):
-    raise ValueError(f"The reward's judge returned {len(results)} results for {len(texts)} texts; want one for each.")
+    raise ValueError(f"The reward's score_batch returned {len(results)} results for {len(texts)} texts; want one for each.")
 
   def checked(row, result):
     if isinstance(result, Exception) or (isinstance(result, RewardResult) and math.isfinite(result.reward)):

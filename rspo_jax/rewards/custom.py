@@ -84,7 +84,7 @@ class CustomReward:
   ) -> list[RewardResult | Exception]:
     """As `judging.outcomes`."""
     if self._pool is None:
-      if hasattr(self._reward, "judge"):
+      if hasattr(self._reward, "score_batch"):
         return outcomes(self._reward, texts, examples, lengths)
       return outcomes(lambda *pair: as_result(self._reward(*pair), self._success_at), texts, examples)
 

@@ -1,19 +1,16 @@
 """The final answer in a text: in a box, after four hashes, or the last number."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-How = Literal["boxed", "####", "number", "none"]
+AnswerForm = Literal["boxed", "####", "number", "none"]
 
-
-FORMS: tuple[How, ...] = ("boxed", "####", "number")  # in order of precedence
-
+FORMS: tuple[AnswerForm, ...] = ("boxed", "####", "number")  # in order of precedence
 
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
-
-# Digits that are no number of their own stay out: an index, a power, part of a word, the base of a power.
+# Excluded, since they are not numbers by themselves: digits of an index, a power, a word, or the base of a power.
 _NUMBER = re.compile(
   r"""(?:(?<![\w)}\]])[-+−])?(?<![\w.^\\])(?<![\^_]\{)
       (?:(?:\d+\s*)?\\[dt]?frac\s*\{-?\d+\}\s*\{\d+\}
@@ -26,46 +23,64 @@ _NUMBER = re.compile(
 
 
 class Extracted(NamedTuple):
-  """answer: as written, stripped; None if there is none. how: where it stood."""
+  """An extracted answer.
+
+  Attributes:
+    answer: as written, stripped; None if the text has none.
+    form: how the text marks it; 'none' if there is none.
+  """
 
   answer: str | None
-  how: How
+  form: AnswerForm
 
 
-def extract_answer(text: str, forms: Sequence[How] = FORMS) -> Extracted:
-  r"""The answer of a completion: the first of these that is there and not empty.
+def extract_answer(text: str, forms: Sequence[AnswerForm] = FORMS) -> Extracted:
+  r"""The answer of a completion: the first of these that is present and not empty.
 
   1. 'boxed': in the last \boxed{} or \fbox{} whose braces balance.
-  2. '####': the first line of what follows the last ####.
+  2. '####': the first line after the last ####.
   3. 'number': the last number: sign, decimals, thousands, percent, a/b or \frac of whole numbers.
 
   Args:
-    text: of any length; takes time linear in it.
-    forms: those that count.
+    text: of any length; the time is linear in it.
+    forms: the forms that are accepted.
   """
   finders = {"boxed": _last_box, "####": _after_hashes, "number": _last_number}
-  for how in FORMS:
-    if how in forms and (answer := finders[how](text).strip()):
-      return Extracted(answer, how)
+  for form in FORMS:
+    if form in forms and (answer := finders[form](text).strip()):
+      return Extracted(answer, form)
   return Extracted(None, "none")
 
 
-def _last_box(text: str) -> str:
-  opened, last, content = [], -1, ""
+def balanced_boxes(text: str) -> Iterator[tuple[re.Match[str], int]]:
+  r"""The \boxed{} and \fbox{} of a text whose braces balance, in the order of their closing braces.
+
+  Yields:
+    (opening, end): the match of `\boxed{` or `\fbox{`, and the index of the closing brace; the content is
+    `text[opening.end() : end]`.
+  """
+  opened: list[re.Match[str] | None] = []  # None for a plain brace
   for match in _BRACE.finditer(text):
     token = match[0]
     if token == "}":
-      start, inside = opened.pop() if opened else (-1, 0)
-      if start > last and text[inside : match.start()].strip():
-        last, content = start, text[inside : match.start()]
+      if opened and (opening := opened.pop()):
+        yield opening, match.start()
     elif token.endswith("{") and token != r"\{":
-      opened.append((match.start() if len(token) > 1 else -1, match.end()))
+      opened.append(match if len(token) > 1 else None)
+
+
+def _last_box(text: str) -> str:
+  """Content of the box that opens last and is not empty; '' if there is none."""
+  last, content = -1, ""
+  for opening, end in balanced_boxes(text):
+    if opening.start() > last and (inside := text[opening.end() : end].strip()):
+      last, content = opening.start(), inside
   return content
 
 
 def _after_hashes(text: str) -> str:
-  _, found, after = text.rpartition("####")
-  return after.strip().partition("\n")[0] if found else ""
+  _, hashes, after = text.rpartition("####")
+  return after.strip().partition("\n")[0] if hashes else ""
 
 
 def _last_number(text: str) -> str:

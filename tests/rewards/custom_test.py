@@ -47,7 +47,7 @@ class Judge:
 not_callable = 3
 """
 RESULTS = """
-from rspo_jax.data import RewardResult
+from rspo_jax.rewards import RewardResult
 
 def detailed(text, example):
   return RewardResult(0.5, False, True, "half", text.upper())
@@ -58,7 +58,7 @@ class Batch:
   def __init__(self):
     self.closed = False
 
-  def judge(self, texts, examples, lengths=None):
+  def score_batch(self, texts, examples, lengths=None):
     return [RewardResult(float(length), True, True) for length in lengths]
 
   def close(self):

@@ -207,7 +207,7 @@ def test_an_interrupted_batch_leaves_no_answer_for_the_next():
 
 CALLER = """
 import sys
-from rspo_jax.worker_pool import WorkerPool
+from rspo_jax.rewards.worker_pool import WorkerPool
 pool = WorkerPool("pool_items:run", workers=2, timeout=1.0)
 pids = {outcome.value for outcome in pool.map([("sleep", 0.1), "pid", "pid", "pid"])}
 print(*[worker._process.pid for worker in pool._workers], flush=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from rspo_jax.data.examples import Example
 from rspo_jax.rewards.base import RewardResult
 from rspo_jax.rewards.worker_pool import Outcome, WorkerPool
-from rspo_jax.tasks.answers import FORMS, How, extract_answer
+from rspo_jax.tasks.answers import FORMS, AnswerForm, extract_answer
 
 Reason = Literal["right", "wrong", "no answer", "unparsed", "timeout", "failed"]
 
@@ -21,13 +21,13 @@ class MathVerdict(NamedTuple):
     success: its answer is right.
     why: 'right'; 'wrong'; 'no answer' in the text; 'unparsed', math-verify cannot read the answer or the gold one and
       they are not the same text; 'timeout'; 'failed', math-verify raised or ended its worker.
-    how: where the answer stood.
-    answer: as it stood there; '' for none.
+    form: how the text marked the answer.
+    answer: as written; '' for none.
   """
 
   success: bool
   reason: Reason
-  how: How
+  form: AnswerForm
   answer: str = ""
 
 
@@ -60,7 +60,7 @@ class MathReward:
     self,
     *,
     format_reward: float = 0.0,
-    forms: Sequence[How] = FORMS,
+    forms: Sequence[AnswerForm] = FORMS,
     workers: int = 2,
     timeout: float = 5.0,
     recycle: int = 10_000,
@@ -99,7 +99,7 @@ class MathReward:
     """texts[i] answers examples[i], whose gold is what `gold_answers` takes; ValueError for any other."""
     results = []
     for verdict in self.verdicts(texts, [example.gold for example in examples]):
-      marked = verdict.how in ("boxed", "####") and verdict.reason in ("right", "wrong")
+      marked = verdict.form in ("boxed", "####") and verdict.reason in ("right", "wrong")
       reward = 1.0 if verdict.success else self._format_reward if marked else 0.0
       results.append(RewardResult(reward, verdict.success, marked, verdict.reason, verdict.answer))
     return results
@@ -116,10 +116,10 @@ class MathReward:
     )
     reason_of = dict(zip(pairs, map(_reason, self._pool.map(list(pairs))), strict=True))
     verdicts = []
-    for (answer, how), alternatives in zip(found, wanted, strict=True):
+    for (answer, form), alternatives in zip(found, wanted, strict=True):
       reasons = [reason_of[gold, answer] for gold in alternatives] if answer is not None else ["no answer"]
       chosen = min(reasons, key=_PRECEDENCE.index)
-      verdicts.append(MathVerdict(chosen == "right", chosen, how, answer or ""))
+      verdicts.append(MathVerdict(chosen == "right", chosen, form, answer or ""))
     return verdicts
 
 

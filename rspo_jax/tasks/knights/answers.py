@@ -8,9 +8,10 @@ import functools
 import re
 from collections.abc import Sequence
 
+from rspo_jax.tasks.answers import balanced_boxes
+
 READ = 8192  # characters at the end of an answer; what stands before them is not read
 
-_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _MARKS = re.compile(r"\\[a-zA-Z]+|\\.|[*_`$~{}]", re.DOTALL)
 _SEPARATORS = re.compile(r"(?:[\s,;.&]|\band\b)*", re.IGNORECASE)
 # A sentence with one of these beside its claims does not say that they are so.
@@ -58,16 +59,9 @@ def read(text: str, names: Sequence[str]) -> tuple[tuple[bool, ...] | None, str]
 
 
 def _last_box(text):
-  """The content of the box that closes last, or None."""
-  opened, content = [], None
-  for match in _BRACE.finditer(text):
-    token = match[0]
-    if token == "}":
-      is_box, inside = opened.pop() if opened else (False, 0)
-      content = text[inside : match.start()] if is_box else content
-    elif token.endswith("{") and token != r"\{":
-      opened.append((len(token) > 1, match.end()))
-  return content
+  r"""The content of the \boxed{} that closes last, or None."""
+  spans = [(opening.end(), end) for opening, end in balanced_boxes(text) if opening[0].startswith(r"\boxed")]
+  return text[slice(*spans[-1])] if spans else None
 
 
 def _sentences_from_the_end(text, names):

@@ -14,7 +14,7 @@ from rspo_jax.data.examples import Example
 from rspo_jax.rewards.base import score_completions
 from rspo_jax.rewards.math import equivalence, shortcuts  # noqa: F401  it makes math-verify fast
 from rspo_jax.rewards.math.equivalence import _PREPARATIONS, _parse, compare
-from rspo_jax.rewards.math.reward import MathReward, MathVerdict, Why, gold_answers
+from rspo_jax.rewards.math.reward import MathReward, MathVerdict, Reason, gold_answers
 from rspo_jax.rewards.table import make_reward
 from rspo_jax.rewards.worker_pool import Outcome
 from rspo_jax.tasks.answers import FORMS, extract_answer
@@ -35,7 +35,7 @@ def reward():
 
 
 @pytest.mark.parametrize(
-  ("text", "answer", "how"),
+  ("text", "answer", "form"),
   [
     ("", None, "none"),
     ("I do not know", None, "none"),
@@ -69,8 +69,8 @@ def reward():
     (".5", ".5", "number"),
   ],
 )
-def test_the_answer_is_the_last_box_else_the_last_hashes_else_the_last_number(text, answer, how):
-  assert extract_answer(text) == (answer, how)
+def test_the_answer_is_the_last_box_else_the_last_hashes_else_the_last_number(text, answer, form):
+  assert extract_answer(text) == (answer, form)
 
 
 PIECES = st.sampled_from([*r"\{}#0159.,-+/^_ ax%$" + "\n", r"\boxed{", r"\fbox{", "####", r"\frac{", r"\{", r"\}"])
@@ -78,8 +78,8 @@ PIECES = st.sampled_from([*r"\{}#0159.,-+/^_ ax%$" + "\n", r"\boxed{", r"\fbox{"
 
 @given(st.lists(PIECES, max_size=40).map("".join))
 def test_any_text_has_at_most_one_answer_and_it_stands_in_the_text(text):
-  answer, how = extract_answer(text)
-  assert (answer is None) == (how == "none")
+  answer, form = extract_answer(text)
+  assert (answer is None) == (form == "none")
   assert answer is None or (answer in text and answer == answer.strip() != "")
 
 
@@ -255,7 +255,7 @@ def test_impossible_settings_are_refused(setting, message):
 
 def test_the_document_lists_every_reason():
   text = (DOCS / "math_rewards.md").read_text()
-  assert re.findall(r"^\| `([\w ]+)` \|", text, re.MULTILINE) == list(typing.get_args(Why))
+  assert re.findall(r"^\| `([\w ]+)` \|", text, re.MULTILINE) == list(typing.get_args(Reason))
 
 
 # The witness
