@@ -87,7 +87,7 @@ def outcomes(
   else:
     results = [single(row) for row in range(len(texts))]
   if len(results) != len(texts):
-    raise ValueError(f"The reward's score_batch returned {len(results)} results for {len(texts)} texts; want one for each.")
+    raise ValueError(f"score_batch returned {len(results)} results for {len(texts)} texts; want one for each.")
 
   def checked(row, result):
     if isinstance(result, Exception) or (isinstance(result, RewardResult) and math.isfinite(result.reward)):
