@@ -1,29 +1,36 @@
-"""A reward of the user's, in a worker. It imports nothing of ours, since that would import JAX."""
+"""A user's reward in a worker process. This module imports nothing of ours, since that would import JAX."""
 
 import collections
 import functools
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def load(argument: str) -> Callable[[tuple[str, tuple]], tuple[bool, Any]]:
-  """The function that scores (text, fields of the example), made of JSON: module, function, options, path, fields.
+def bind(target: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+  """An instance of a class, or a function with its options bound."""
+  return target(**options) if isinstance(target, type) else functools.partial(target, **options)
 
-  It returns whether the reward returned a RewardResult, and its fields, or else what it did return.
+
+def load(argument: str) -> Callable[[tuple[str, tuple]], tuple[bool, Any]]:
+  """The function that scores (text, fields of the example).
+
+  Args:
+    argument: JSON of an object with module, function, options, path (for `sys.path`) and fields (of the example).
+  Returns:
+    A function that returns (True, fields of the RewardResult), or (False, value) if the reward returned anything else.
   """
-  wanted = json.loads(argument)
-  sys.path[:] = wanted["path"]
-  example = collections.namedtuple("Example", wanted["fields"])
-  made = getattr(importlib.import_module(wanted["module"]), wanted["function"])
-  reward = made(**wanted["options"]) if isinstance(made, type) else functools.partial(made, **wanted["options"])
+  spec = json.loads(argument)
+  sys.path[:] = spec["path"]
+  example = collections.namedtuple("Example", spec["fields"])
+  reward = bind(getattr(importlib.import_module(spec["module"]), spec["function"]), spec["options"])
 
   def run(item: tuple[str, tuple]) -> tuple[bool, Any]:
     text, fields = item
     value = reward(text, example(*fields))
-    whole = type(value).__name__ == "RewardResult"
-    return whole, tuple(value) if whole else value
+    is_result = type(value).__name__ == "RewardResult"
+    return is_result, tuple(value) if is_result else value
 
   return run

@@ -1,4 +1,4 @@
-"""Rewards of the puzzles made here: Countdown, Knights and Knaves."""
+"""Rewards of the puzzles in `rspo_jax.tasks`: Countdown, Knights and Knaves."""
 
 from rspo_jax.data.examples import Example
 from rspo_jax.rewards.base import RewardResult
@@ -6,7 +6,7 @@ from rspo_jax.tasks import countdown, knights
 
 
 def countdown_reward(text: str, example: Example, *, format_reward: float = 0.1) -> RewardResult:
-  """1 for a right expression, format_reward for a valid one over the right numbers that is not right, else 0.
+  """1 for a correct expression, format_reward for a valid one over the given numbers with another value, else 0.
 
   Args:
     text: the completion without its end token.
@@ -20,7 +20,7 @@ def countdown_reward(text: str, example: Example, *, format_reward: float = 0.1)
 
 
 def knights_reward(text: str, example: Example, *, format_reward: float = 0.1) -> RewardResult:
-  """1 for the right roles, format_reward for a well-formed answer that is not right, else 0; no credit for some roles.
+  """1 for the correct roles, format_reward for a well-formed incorrect answer, else 0; no partial credit.
 
   Args:
     text: the completion without its end token.
@@ -35,6 +35,6 @@ def knights_reward(text: str, example: Example, *, format_reward: float = 0.1) -
 
 def _result(verdict: countdown.Verdict | knights.Verdict, answer: str, format_reward: float) -> RewardResult:
   if not 0.0 <= format_reward < 1.0:
-    raise ValueError(f"format_reward is {format_reward}; want a value in [0, 1), less than a right answer earns.")
+    raise ValueError(f"format_reward is {format_reward}; want a value in [0, 1), less than a correct answer earns.")
   reward = 1.0 if verdict.right else format_reward if verdict.valid else 0.0
   return RewardResult(reward, verdict.right, verdict.valid, verdict.reason, answer)

@@ -1,8 +1,8 @@
-"""Rewards by name, and how a batch of completions is scored. docs/rewards.md lists them.
+"""Rewards by name, built from a config's name and options. docs/rewards.md lists them.
 
-`REWARDS` maps a name to a function (text, example) -> RewardResult, to a class of rewards that judge whole batches
-(`rspo_jax.rewards.base`), or to what makes one of other rewards; `make_reward` binds its options. Any other callable is
-named by its path, "package.module:function".
+`REWARDS` maps a name to a function (text, example) -> RewardResult, to a class of rewards that score whole batches
+(`rspo_jax.rewards.base`), or to a function that composes rewards; `make_reward` binds the options. Any other callable
+is named by its path, "package.module:function".
 """
 
 import contextlib
@@ -22,31 +22,37 @@ from rspo_jax.rewards.text import FormatReward, LengthReward, exact_match_reward
 
 
 def weighted(terms: Mapping[str, Mapping[str, Any]], success: str = "") -> WeightedReward:
-  """A `WeightedReward` of label -> {"name": reward, "weight": 1.0, "options": {}}; success: label of the term that says
-  whether the answer is right, by default the only one."""
+  """A `WeightedReward` from options.
+
+  Args:
+    terms: label -> {"name": reward, "weight": 1.0, "options": {}}.
+    success: label of the term that decides whether the answer is correct; by default the only term.
+  Raises:
+    ValueError: success is not a label, or is missing although there are several terms.
+  """
   if success not in terms and (success or len(terms) > 1):
     raise ValueError(
-      f"success is {success!r}; name the term that says whether the answer is right, of {', '.join(terms)}."
+      f"success is {success!r}; name the term that decides whether the answer is correct, of {', '.join(terms)}."
     )
-  made = _make_all(terms)
-  weights = {label: (made[label], float(term.get("weight", 1.0))) for label, term in terms.items()}
+  rewards = _make_all(terms)
+  weights = {label: (rewards[label], float(term.get("weight", 1.0))) for label, term in terms.items()}
   return WeightedReward(weights, success or next(iter(terms)))
 
 
 def by_source(**sources: Mapping[str, Any]) -> BySourceReward:
-  """A `BySourceReward` of source -> {"name": reward, "options": {}}; '*' is for all other sources."""
+  """A `BySourceReward` from source -> {"name": reward, "options": {}}; '*' is for all other sources."""
   return BySourceReward(_make_all(sources))
 
 
 def _make_all(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Reward]:
-  """All of them, or an error and none: those that were made are closed."""
+  """A reward per label. If one of them raises, those built before it are closed."""
   with contextlib.ExitStack() as undo:
-    made = {}
+    rewards = {}
     for label, spec in specs.items():
-      made[label] = make_reward(spec["name"], **spec.get("options", {}))
-      undo.callback(close, made[label])
+      rewards[label] = make_reward(spec["name"], **spec.get("options", {}))
+      undo.callback(close, rewards[label])
     undo.pop_all()
-  return made
+  return rewards
 
 
 REWARDS: dict[str, Callable[..., Any]] = {
@@ -62,7 +68,7 @@ REWARDS: dict[str, Callable[..., Any]] = {
   "by_source": by_source,
 }
 _COMPOSED = (weighted, by_source)
-_OF_PATHS = ("timeout", "workers", "success_at")  # options of a callable by its path that are not its own
+_CUSTOM_OPTIONS = ("timeout", "workers", "success_at")  # options of CustomReward, not of the user's callable
 ON_ERROR = ("fail", "zero")
 
 
@@ -70,25 +76,32 @@ def make_reward(name: str, *, on_error: str = "fail", **options: Any) -> Reward:
   """A reward of `REWARDS`, or a callable by its path (`CustomReward`), with its options.
 
   Args:
-    on_error: what a completion that makes the reward raise does: 'fail' ends the run with an error that names it;
-      'zero' gives it reward 0 and the reason 'failed' (`judging.ZeroOnError`).
+    on_error: treatment of a completion that the reward raises for: 'fail' ends the run with an error that names it;
+      'zero' gives it reward 0 and the reason 'failed' (`ZeroOnError`).
   Raises:
-    ValueError: an unknown name, an unknown option or an impossible value; names what is near.
+    ValueError: an unknown name, an unknown option or a value out of range; suggests a similar name.
   """
   check_reward(name, {"on_error": on_error, **options})
-  made = REWARDS.get(name)
-  if made is None:
-    own = {key: options.pop(key) for key in _OF_PATHS if key in options}
-    reward = CustomReward(name, options=options, **own)
-  elif isinstance(made, type) or made in _COMPOSED:
-    reward = made(**options)
+  factory = REWARDS.get(name)
+  if factory is None:
+    custom = {key: options.pop(key) for key in _CUSTOM_OPTIONS if key in options}
+    reward = CustomReward(name, options=options, **custom)
+  elif isinstance(factory, type) or factory in _COMPOSED:
+    reward = factory(**options)
   else:
-    reward = functools.partial(made, **options)
+    reward = functools.partial(factory, **options)
   return ZeroOnError(reward) if on_error == "zero" else reward
 
 
 def check_reward(name: Any, options: Any, where: str = "reward") -> None:
-  """ValueError for a name, option or term that `make_reward` does not know, by its key below `where`; makes nothing."""
+  """Checks names and options at every depth, without building a reward.
+
+  Args:
+    name, options: as of `make_reward`.
+    where: key of the reward in the config, for messages.
+  Raises:
+    ValueError: a name, option or term that `make_reward` does not know; names its key and suggests a similar one.
+  """
   if not isinstance(name, str) or not (name in REWARDS or is_path(name)):
     raise ValueError(
       f"{where}.name is {name!r}; {near(str(name), REWARDS)} A reward of your own is named package.module:function."
@@ -97,36 +110,41 @@ def check_reward(name: Any, options: Any, where: str = "reward") -> None:
     raise ValueError(f"{where}.options is {options!r}; want a group of options.")
   if options.get("on_error", "fail") not in ON_ERROR:
     raise ValueError(f"{where}.options.on_error is {options['on_error']!r}; want one of {', '.join(ON_ERROR)}.")
-  at = f"{where}.options"
   if name == "by_source":
     for source, spec in options.items():
       if source != "on_error":
-        _check_spec(spec, f"{at}.{source}", ("name", "options"))
+        _check_spec(spec, f"{where}.options.{source}", ("name", "options"))
     return
+  _check_options(name, options, where)
+  if name == "weighted":
+    terms, at = options["terms"], f"{where}.options.terms"
+    if not isinstance(terms, Mapping) or not terms:
+      raise ValueError(f"{at} is {terms!r}; want label -> name, weight, options.")
+    for label, term in terms.items():
+      _check_spec(term, f"{at}.{label}", ("name", "weight", "options"))
+
+
+def _check_options(name: str, options: Mapping[str, Any], where: str) -> None:
+  """Compares options with the signature of the reward. ValueError for an unknown or a missing one."""
   try:
-    made = REWARDS[name] if name in REWARDS else load_path(name)
+    factory = REWARDS[name] if name in REWARDS else load_path(name)
   except ValueError as error:
     raise ValueError(f"{where}.name is {error}") from error
-  parameters = list(inspect.signature(made).parameters.values())
-  if not isinstance(made, type) and made not in _COMPOSED:
+  parameters = list(inspect.signature(factory).parameters.values())
+  if not isinstance(factory, type) and factory not in _COMPOSED:
     parameters = parameters[2:]  # text and example
   known = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)} | {"on_error"}
-  known |= set() if name in REWARDS else set(_OF_PATHS)
+  known |= set() if name in REWARDS else set(_CUSTOM_OPTIONS)
   if not any(p.kind is p.VAR_KEYWORD for p in parameters):
     for option in options:
       if option not in known:
-        raise ValueError(f"{at}.{option} is unknown; {near(option, known)}")
+        raise ValueError(f"{where}.options.{option} is unknown; {near(option, known)}")
   if missing := [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in options]:
-    raise ValueError(f"{at} lacks {', '.join(missing)}, which {name} needs.")
-  if name == "weighted":
-    if not isinstance(options["terms"], Mapping) or not options["terms"]:
-      raise ValueError(f"{at}.terms is {options['terms']!r}; want label -> name, weight, options.")
-    for label, term in options["terms"].items():
-      _check_spec(term, f"{at}.terms.{label}", ("name", "weight", "options"))
+    raise ValueError(f"{where}.options lacks {', '.join(missing)}, which {name} needs.")
 
 
 def reward_names(name: str, options: Mapping[str, Any]) -> set[str]:
-  """The names of a reward and of all that it is made of."""
+  """The names of a reward and of all rewards that it is composed of."""
   specs = {"weighted": options.get("terms", {}), "by_source": options}.get(name, {}).values()
   inner = [reward_names(spec["name"], spec.get("options", {})) for spec in specs if isinstance(spec, Mapping)]
   return {name}.union(*inner)

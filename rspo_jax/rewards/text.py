@@ -1,4 +1,4 @@
-"""Rewards that read the text alone: its form, its repetitions, its length, and whether it says what it should."""
+"""Rewards computed from the text alone: its form, repetitions, length, and exact match with the gold answer."""
 
 import re
 import unicodedata
@@ -20,7 +20,7 @@ _SIDES = ".,:;!?¡¿…·。、，；：！？\"'`*_“”‘’«»‹›„「
 
 
 def _thought(text: str, opened: bool) -> str | None:
-  """What follows the one <think>...</think> that the text begins with; None for another form."""
+  """The text after its only <think>...</think>, with which it must begin; None for any other form."""
   before, begin, rest = ("", "<think>", text) if opened else text.partition("<think>")
   inside, end, after = rest.partition("</think>")
   tags = any(tag in part for part in (inside, after) for tag in ("<think>", "</think>"))
@@ -28,7 +28,7 @@ def _thought(text: str, opened: bool) -> str | None:
 
 
 def _thought_and_answer(text: str, opened: bool) -> str | None:
-  """As `_thought`, with the answer in <answer>...</answer> and nothing behind it."""
+  """As `_thought`, with the answer in <answer>...</answer> and nothing after it."""
   answer = _thought(text, opened)
   if answer is None or not (answer.startswith("<answer>") and answer.endswith("</answer>")):
     return None
@@ -40,22 +40,22 @@ FORMS: dict[str, Callable[[str, bool], str | None]] = {"think": _thought, "think
 
 
 class FormatReward:
-  """1 for a completion of the wanted form, else 0; `success` and `format` say the same.
+  """1 for a completion of the requested form, else 0; `success` and `format` are equal.
 
-  The expression is RE2's: matching takes time linear in the text whatever it is, so a completion cannot make it hang.
+  Regular expressions run on RE2, which matches in time linear in the text, so no completion can make it hang.
   """
 
   def __init__(self, *, form: str = "", pattern: str = "", opened: bool = False):
-    """Wants one of form and pattern.
+    """Takes exactly one of form and pattern.
 
     Args:
       form: of `FORMS`. 'think' is <think>...</think> and an answer; 'think_answer' has it in <answer>...</answer>
-        (arXiv 2501.12948). White space around the parts does not count; every tag comes once; an answer is not empty.
-      pattern: a regular expression in RE2's syntax (no backreferences, no lookaround) that the completion matches from
-        end to end; the dot matches line ends too. What a group named `answer` matched is the answer.
+        (arXiv 2501.12948). White space around the parts is ignored; every tag occurs once; the answer is not empty.
+      pattern: a regular expression in RE2's syntax (no backreferences, no lookaround) that the whole
+        completion matches; the dot matches line ends too. The text of a group named `answer` is the answer.
       opened: the prompt ends with <think>, so the completion does not begin with it.
     Raises:
-      ValueError: none or both of form and pattern, an unknown form, or an expression that RE2 does not read.
+      ValueError: none or both of form and pattern, an unknown form, or an expression that RE2 cannot compile.
     """
     if bool(form) == bool(pattern) or (form and form not in FORMS) or (pattern and opened):
       raise ValueError(
@@ -70,25 +70,25 @@ class FormatReward:
         self._pattern = re2.compile(pattern, options)
       except re2.error as error:
         raise ValueError(
-          f"pattern is {pattern!r}, which RE2 does not read ({error}). It has no backreferences and no lookaround; "
+          f"pattern is {pattern!r}, which RE2 cannot compile ({error}). It has no backreferences and no lookaround; "
           "write the form without them, or as a reward of your own."
         ) from error
 
   def __call__(self, text: str, example: Example) -> RewardResult:
     del example
-    found, answer = False, None
+    formed, answer = False, None
     if self._pattern is None:
       answer = FORMS[self._form](text, self._opened)
-      found = bool(answer)
-    elif match := self._pattern.fullmatch(text.encode("utf-8", "replace").decode()):  # a lone surrogate is no UTF-8
-      found, answer = True, match.groupdict().get("answer")
-    return RewardResult(float(found), found, found, "formed" if found else "malformed", (answer or "").strip())
+      formed = bool(answer)
+    elif match := self._pattern.fullmatch(text.encode("utf-8", "replace").decode()):  # UTF-8 has no lone surrogates
+      formed, answer = True, match.groupdict().get("answer")
+    return RewardResult(float(formed), formed, formed, "formed" if formed else "malformed", (answer or "").strip())
 
 
 def repeated_share(text: str, ngram: int) -> float:
-  """The share of a text's n-grams that have come before, in [0, 1); 0 for a text of fewer than `ngram` units.
+  """The share of a text's n-grams that repeat an earlier one, in [0, 1); 0 for a text of fewer than `ngram` units.
 
-  Units are words without regard to case, and single characters of scripts that are written without spaces.
+  Units are words, ignoring case, and single characters of scripts that are written without spaces.
   """
   units = _UNIT.findall(text.casefold())
   total = len(units) - ngram + 1
@@ -96,12 +96,13 @@ def repeated_share(text: str, ngram: int) -> float:
 
 
 def repetition_reward(text: str, example: Example, *, ngram: int = 4, max_penalty: float = 1.0) -> RewardResult:
-  """-max_penalty times `repeated_share`: 0 for a text without repetitions, nearly -max_penalty for an endless one.
+  """-max_penalty times `repeated_share`: 0 for a text without repetitions, near -max_penalty for one long repetition.
 
-  It judges no answer: `success` and `format` are true.
+  It ignores the answer: `success` and `format` are always true.
 
   Args:
-    ngram: units that make a repetition, >= 1. max_penalty: in the reward's unit, >= 0.
+    ngram: length of a repetition in units, >= 1.
+    max_penalty: in the reward's unit, finite, >= 0.
   Raises:
     ValueError: a setting out of range.
   Source: Yeo et al., "Demystifying Long Chain-of-Thought Reasoning in LLMs", arXiv 2502.03373, appendix C.2.
@@ -113,9 +114,9 @@ def repetition_reward(text: str, example: Example, *, ngram: int = 4, max_penalt
 
 
 class LengthReward:
-  """DAPO's soft punishment of completions near the length limit, in tokens: see `penalties.overlong_penalty`.
+  """DAPO's soft penalty for completions near the length limit, in tokens: see `penalties.overlong_penalty`.
 
-  In [-penalty, 0]. It judges no answer: `success` and `format` are true; the reason is 'overlong' or ''.
+  In [-penalty, 0]. It ignores the answer: `success` and `format` are always true; the reason is 'overlong' or ''.
 
   Source: DAPO, arXiv 2503.14476, eq. 13.
   """
@@ -123,15 +124,22 @@ class LengthReward:
   needs_lengths = True
 
   def __init__(self, *, max_length: int, buffer: int, penalty: float = 1.0):
-    """max_length: tokens, as `config.sampling.max_new_tokens`. buffer: the last tokens before it, over which the
-    reward falls to -penalty. ValueError: a setting out of range."""
+    """Checks the settings.
+
+    Args:
+      max_length: tokens, as `config.sampling.max_new_tokens`.
+      buffer: tokens before max_length over which the reward falls linearly to -penalty.
+      penalty: in the reward's unit.
+    Raises:
+      ValueError: a setting out of range.
+    """
     self._limits = {"max_length": max_length, "buffer": buffer, "penalty": penalty}
     overlong_penalty(np.zeros(1), **self._limits)
 
   def score_batch(
     self, texts: Sequence[str], examples: Sequence[Example], lengths: Sequence[int] | None = None
   ) -> list[RewardResult]:
-    """ValueError without lengths."""
+    """Penalties from the lengths alone; ValueError if lengths is None."""
     if lengths is None:
       raise ValueError(
         "The length reward needs the lengths of the completions in tokens: score_completions(..., lengths=lengths)."
@@ -141,8 +149,11 @@ class LengthReward:
 
 
 def normalized(answer: str) -> str:
-  """An answer as `exact_match_reward` compares it: Unicode's NFKC and case folding, invisible characters dropped, white
-  space as single spaces, sentence punctuation, quotes and emphasis taken off both ends (but not the point of .5)."""
+  """An answer in the form that `exact_match_reward` compares.
+
+  Unicode's NFKC and case folding, without invisible characters, white space as single spaces, and without sentence
+  punctuation, quotes and emphasis at both ends (the point of .5 is kept).
+  """
   folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", answer).casefold())
   folded = " ".join("".join(c for c in folded if unicodedata.category(c) != "Cf").split())
   bare = folded.strip(_SIDES + " ")
@@ -156,7 +167,7 @@ PLACES = ("boxed", "####", "last_line", "all")  # in order of precedence
 
 
 def _find(text: str, place: str) -> str:
-  """What stands in a place, stripped; '' for nothing."""
+  """The text in one of `PLACES`, stripped; '' if there is none."""
   if place == "last_line":
     return text.strip().rpartition("\n")[2].strip()
   return text.strip() if place == "all" else extract_answer(text, (place,)).answer or ""
@@ -165,17 +176,17 @@ def _find(text: str, place: str) -> str:
 def exact_match_reward(
   text: str, example: Example, *, answer_in: str | Sequence[str] = "all", format_reward: float = 0.0
 ) -> RewardResult:
-  """1 if the answer is a gold one letter by letter once both are `normalized`, format_reward if it is another, else 0.
+  """1 if the answer equals a gold answer after `normalized`, format_reward for any other answer, 0 for none.
 
-  For words in any language; numbers and formulas want the math reward.
+  For words in any language; use the math reward for numbers and formulas.
 
   Args:
     example: its gold is a text, or a sequence of alternatives.
-    answer_in: of `PLACES`, or several: the first of them, in their own order, that holds something. 'boxed': the last
-      box; '####': the line after the last ####; 'last_line'; 'all' of the completion.
-    format_reward: in [0, 1), for an answer that is wrong.
+    answer_in: one or several of `PLACES`; the first of them that is not empty, in the order of `PLACES`, is the answer.
+      'boxed': the last box; '####': the line after the last ####; 'last_line'; 'all': the whole completion.
+    format_reward: in [0, 1), for an incorrect answer.
   Raises:
-    ValueError: a setting out of range, or a gold that is no text.
+    ValueError: a setting out of range, or a gold that is not text.
   """
   places = (answer_in,) if isinstance(answer_in, str) else tuple(answer_in)
   if not places or set(places) - set(PLACES) or not 0.0 <= format_reward < 1.0:
@@ -187,12 +198,12 @@ def exact_match_reward(
   answer = next(filter(None, (_find(text, place) for place in PLACES if place in places)), "")
   if not answer:
     return RewardResult(0.0, False, False, "no answer")
-  right = normalized(answer) in map(normalized, golds)
-  return RewardResult(1.0 if right else format_reward, right, True, "right" if right else "wrong", answer)
+  correct = normalized(answer) in map(normalized, golds)
+  return RewardResult(1.0 if correct else format_reward, correct, True, "right" if correct else "wrong", answer)
 
 
 def _golds(gold: Any) -> Sequence[str]:
   golds = [gold] if isinstance(gold, str) else gold
   if isinstance(golds, list | tuple) and golds and all(isinstance(text, str) and text.strip() for text in golds):
     return golds
-  raise ValueError(f"a gold answer is {gold!r}; want a text that is not empty, or a sequence of alternatives.")
+  raise ValueError(f"a gold answer is {gold!r}; want a nonempty text, or a sequence of alternatives.")

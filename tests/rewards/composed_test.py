@@ -20,8 +20,8 @@ def fixed(value, reason=""):
 
 
 @given(st.lists(st.tuples(FINITE, FINITE), min_size=1, max_size=5), st.data())
-def test_the_sum_is_weighted_and_all_else_is_one_terms(pairs, data):
-  terms = {str(i): (fixed(value, f"why {i}"), weight) for i, (value, weight) in enumerate(pairs)}
+def test_reward_is_the_weighted_sum_and_other_fields_are_those_of_the_success_term(pairs, data):
+  terms = {str(i): (fixed(value, f"reason {i}"), weight) for i, (value, weight) in enumerate(pairs)}
   main = data.draw(st.sampled_from(sorted(terms)))
   result = WeightedReward(terms, main)("x", EXAMPLE)
   assert result.reward == pytest.approx(math.fsum(value * weight for value, weight in pairs), abs=1e-6)
@@ -29,7 +29,7 @@ def test_the_sum_is_weighted_and_all_else_is_one_terms(pairs, data):
 
 
 class Batch:
-  """Rewards lengths, notes its calls, and whether it was closed."""
+  """A batch reward that returns the lengths and records its calls."""
 
   needs_lengths = True
 
@@ -44,7 +44,7 @@ class Batch:
     self.closed += 1
 
 
-def test_terms_judge_whole_batches_and_lengths_reach_them_through_any_nesting():
+def test_terms_receive_whole_batches_and_lengths_at_any_depth():
   batch, examples = Batch(), [EXAMPLE._replace(source=source) for source in "abab"]
   inner = WeightedReward({"length": (batch, 2.0), "one": (fixed(1.0), 1.0)}, "one")
   scores = score_completions(BySourceReward({"a": inner, "*": fixed(-1.0)}), list("wxyz"), examples, [1, 2, 3, 4])
@@ -55,7 +55,7 @@ def test_terms_judge_whole_batches_and_lengths_reach_them_through_any_nesting():
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=12))
-def test_every_row_gets_the_result_of_its_sources_reward(sources):
+def test_every_row_gets_the_result_of_the_reward_for_its_source(sources):
   reward = BySourceReward({"a": fixed(1.0), "b": fixed(2.0), "*": fixed(3.0)})
   texts = [str(row) for row in range(len(sources))]
   results = reward.score_batch(texts, [EXAMPLE._replace(source=source) for source in sources])
@@ -63,7 +63,7 @@ def test_every_row_gets_the_result_of_its_sources_reward(sources):
   assert [result.answer for result in results] == [f"{text}!" for text in texts]
 
 
-def test_a_source_without_a_reward_is_named():
+def test_a_source_without_a_reward_is_an_error_that_names_it():
   with pytest.raises(ValueError, match=r"no reward for source 'c' \(row 1, prompt 'q'\); there are rewards for a, b"):
     BySourceReward({"a": fixed(1.0), "b": fixed(1.0)}).score_batch(
       ["", ""], [EXAMPLE._replace(source="a"), EXAMPLE._replace(source="c")]
@@ -86,7 +86,7 @@ def test_an_error_names_the_term_or_the_source(reward, where):
     reward("x", EXAMPLE._replace(source="s"))
 
 
-def test_closing_reaches_every_term():
+def test_close_closes_every_term():
   batch = Batch()
   close(BySourceReward({"a": WeightedReward({"x": (batch, 1.0), "y": (fixed(1.0), 0.0)}, "x"), "b": fixed(1.0)}))
   with WeightedReward({"x": (batch, 1.0)}, "x"), BySourceReward({"b": batch}):
@@ -94,7 +94,7 @@ def test_closing_reaches_every_term():
   assert batch.closed == 3
 
 
-def test_a_weighted_reward_is_made_from_options():
+def test_weighted_reward_is_built_from_options():
   terms = {
     "answer": {"name": "exact_match", "options": {"answer_in": "last_line"}},
     "form": {"name": "format", "weight": 0.25, "options": {"form": "think"}},
@@ -106,7 +106,7 @@ def test_a_weighted_reward_is_made_from_options():
   assert scores.reason == ("right", "right", "wrong")
   alone = make_reward("weighted", terms={"it": {"name": "exact_match"}})
   assert alone("Paris", EXAMPLE).reward == 1.0
-  with pytest.raises(ValueError, match="name the term that says whether the answer is right, of answer, form, talk"):
+  with pytest.raises(ValueError, match="the term that decides whether the answer is correct, of answer, form, talk"):
     make_reward("weighted", terms=terms)
   with pytest.raises(ValueError, match="success is 'anser'"):
     make_reward("weighted", terms=terms, success="anser")
@@ -114,7 +114,7 @@ def test_a_weighted_reward_is_made_from_options():
     make_reward("weighted", terms={"it": {"name": "exact_match", "weight": float("inf")}})
 
 
-def test_rewards_by_source_are_made_from_options_and_survive_as_a_whole():
+def test_by_source_is_built_from_options_and_zeroes_errors_as_a_whole():
   sources = {"geo": {"name": "exact_match"}, "*": {"name": "format", "options": {"form": "think"}}}
   reward = make_reward("by_source", **sources, on_error="zero")
   examples = [EXAMPLE._replace(source="geo"), EXAMPLE, EXAMPLE._replace(source="geo", gold=5)]
@@ -124,15 +124,15 @@ def test_rewards_by_source_are_made_from_options_and_survive_as_a_whole():
     make_reward("by_source")
 
 
-def test_terms_that_were_made_are_closed_if_another_cannot_be(monkeypatch):
-  made = []
+def test_terms_are_closed_if_a_later_term_cannot_be_built(monkeypatch):
+  built = []
 
-  class Noted(Batch):
+  class Recorded(Batch):
     def __init__(self):
       super().__init__()
-      made.append(self)
+      built.append(self)
 
-  monkeypatch.setitem(REWARDS, "noted", Noted)
+  monkeypatch.setitem(REWARDS, "recorded", Recorded)
   with pytest.raises(ValueError, match="RE2"):
-    make_reward("by_source", a={"name": "noted"}, b={"name": "format", "options": {"pattern": "("}})
-  assert [noted.closed for noted in made] == [1]
+    make_reward("by_source", a={"name": "recorded"}, b={"name": "format", "options": {"pattern": "("}})
+  assert [reward.closed for reward in built] == [1]

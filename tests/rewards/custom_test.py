@@ -1,4 +1,4 @@
-"""Rewards that are the user's own, by their dotted path: in this process, and in processes that are killed."""
+"""User-defined rewards, by their dotted path: in this process, and in workers with a time limit."""
 
 import time
 
@@ -37,7 +37,7 @@ def odd(text, example):
     return None
   return example.metadata["value"]
 
-class Judge:
+class Scorer:
   def __init__(self, *, bonus=0.0):
     self.bonus = bonus
 
@@ -80,11 +80,11 @@ def workers(request):
   return {"timeout": 1.0, "workers": 1} if request.param else {}
 
 
-BOTH = pytest.mark.parametrize("workers", [False, True], indirect=True, ids=["here", "in workers"])
+BOTH = pytest.mark.parametrize("workers", [False, True], indirect=True, ids=["in this process", "in workers"])
 
 
 @BOTH
-def test_a_number_is_a_reward_and_from_one_on_a_success(workers):
+def test_a_number_is_the_reward_and_a_success_from_success_at(workers):
   reward = make_reward("my_rewards:by_length", scale=2.0, success_at=1.5, **workers)
   scores = score_completions(reward, ["a", "abc", ""], [EXAMPLE] * 3)
   assert scores.reward.tolist() == [0.5, 1.5, 0.0]
@@ -93,14 +93,14 @@ def test_a_number_is_a_reward_and_from_one_on_a_success(workers):
 
 
 @BOTH
-def test_a_class_is_made_once_with_its_options(workers):
-  reward = make_reward("my_rewards:Judge", bonus=0.5, **workers)
+def test_a_class_is_instantiated_with_its_options(workers):
+  reward = make_reward("my_rewards:Scorer", bonus=0.5, **workers)
   assert [result.reward for result in reward.score_batch(["yes", "no"], [EXAMPLE] * 2)] == [1.5, 0.5]
   close(reward)
 
 
 @BOTH
-def test_a_raising_reward_is_an_error_that_names_the_row_or_is_survived(workers):
+def test_a_raising_reward_is_an_error_that_names_the_row_or_scores_zero(workers):
   texts, examples = ["ok", "raise", "ok"], [EXAMPLE] * 3
   reward = make_reward("my_rewards:odd", **workers)
   with pytest.raises(ValueError, match=r"KeyError: 'answer'.* at row 1 \(prompt 'q', completion 'raise'\)"):
@@ -112,12 +112,12 @@ def test_a_raising_reward_is_an_error_that_names_the_row_or_is_survived(workers)
   close(reward)
 
 
-def test_a_hanging_reward_is_killed_and_counted_and_costs_only_itself(caplog):
+def test_a_hanging_reward_is_killed_and_counted_and_other_rows_keep_their_results(caplog):
   reward = make_reward("my_rewards:odd", timeout=2.0, workers=1, on_error="zero")
   begin = time.monotonic()
   scores = score_completions(reward, ["ok", "hang", "end", "ok"], [EXAMPLE] * 4)
   assert time.monotonic() - begin < 20
-  assert caplog.text.count("1 of 4 completions could not be judged") == 1
+  assert caplog.text.count("1 of 4 completions could not be scored") == 1
   assert scores.reward.tolist() == [0.25, 0.0, 0.0, 0.25]
   assert scores.reason == ("", "timeout", "failed", "")
   assert reason_counts(scores) == {"reward/reason/timeout": 0.25, "reward/reason/failed": 0.25}
@@ -127,7 +127,7 @@ def test_a_hanging_reward_is_killed_and_counted_and_costs_only_itself(caplog):
 
 
 @BOTH
-def test_anything_but_a_finite_result_is_refused(workers):
+def test_only_finite_results_are_accepted(workers):
   with make_reward("my_rewards:odd", **workers) as reward:
     for text in ("nan", "tuple", "none"):
       with pytest.raises(ValueError, match=r"row 0 .*finite reward"):
@@ -135,12 +135,12 @@ def test_anything_but_a_finite_result_is_refused(workers):
 
 
 @BOTH
-def test_a_full_result_is_taken_as_it_is(workers):
+def test_a_reward_result_is_returned_unchanged(workers):
   with make_reward("my_results:detailed", **workers) as reward:
     assert reward("x", EXAMPLE) == RewardResult(0.5, False, True, "half", "X")
 
 
-def test_a_users_judge_is_given_batches_and_lengths_and_is_closed():
+def test_a_users_batch_reward_receives_batches_and_lengths_and_is_closed():
   reward = make_reward("my_results:Batch")
   assert score_completions(reward, ["a", "b"], [EXAMPLE] * 2, [3, 4]).reward.tolist() == [3.0, 4.0]
   close(reward)
@@ -166,14 +166,14 @@ def test_other_names_are_no_paths(name):
     ("my_rewards:not_callable", {}, "has no callable not_callable"),
     ("my_reward:odd", {}, "module my_reward cannot be imported .*PYTHONPATH"),
     ("my_rewards:by_length", {"scal": 2.0}, "reward.options.scal is unknown; did you mean scale?"),
-    ("my_rewards:Judge", {"bonsu": 2.0}, "reward.options.bonsu is unknown; did you mean bonus?"),
+    ("my_rewards:Scorer", {"bonsu": 2.0}, "reward.options.bonsu is unknown; did you mean bonus?"),
   ],
 )
-def test_a_path_or_an_option_that_leads_nowhere_is_told_with_what_is_near(name, options, message):
+def test_unknown_paths_and_options_are_errors_that_suggest_a_similar_name(name, options, message):
   with pytest.raises(ValueError, match=message):
     check_reward(name, options)
 
 
-def test_options_that_cannot_reach_a_worker_are_refused():
+def test_options_that_are_not_json_are_refused_with_a_timeout():
   with pytest.raises(ValueError, match="with a timeout they must be JSON"):
     make_reward("my_rewards:by_length", scale=1j, timeout=1.0)

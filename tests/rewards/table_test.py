@@ -1,4 +1,4 @@
-"""The Countdown reward, how a batch of completions is scored, and how rewards are named and made."""
+"""The puzzle rewards, scoring of batches, and rewards built by name."""
 
 import functools
 import inspect
@@ -32,7 +32,7 @@ ONLY_PLUS_MINUS = EXAMPLE._replace(metadata={"operators": "+-"})
     ("", EXAMPLE, (0.0, False, False)),
   ],
 )
-def test_right_earns_one_and_a_valid_expression_the_format_reward(text, example, expected):
+def test_correct_expressions_earn_one_and_valid_ones_the_format_reward(text, example, expected):
   assert countdown_reward(text, example, format_reward=0.25)[:3] == expected
 
 
@@ -43,8 +43,8 @@ def test_division_by_zero_earns_the_format_reward():
 
 
 @pytest.mark.parametrize("format_reward", [-0.1, 1.0, float("nan")])
-def test_a_format_reward_that_rivals_a_right_answer_is_refused(format_reward):
-  with pytest.raises(ValueError, match="less than a right answer"):
+def test_format_reward_must_be_less_than_the_reward_of_a_correct_answer(format_reward):
+  with pytest.raises(ValueError, match="less than a correct answer"):
     countdown_reward("3+7+12", EXAMPLE, format_reward=format_reward)
 
 
@@ -88,7 +88,7 @@ class Batched:
     return self.results
 
 
-def test_a_reward_with_a_judge_is_given_the_whole_batch_and_its_reasons_are_kept():
+def test_a_reward_with_score_batch_receives_the_whole_batch_and_reasons_are_kept():
   reward = Batched([RewardResult(1.0, True, True, "right"), RewardResult(0.0, False, True)])
   scores = score_completions(reward, ["a", "b"], [EXAMPLE] * 2)
   assert reward.calls == [(["a", "b"], [EXAMPLE] * 2)]
@@ -99,23 +99,23 @@ def test_a_reward_with_a_judge_is_given_the_whole_batch_and_its_reasons_are_kept
   ("results", "message"),
   [([], "0 results for 1 texts"), ([RewardResult(float("inf"), True, True)], r"row 0 .*finite reward")],
 )
-def test_a_judge_must_return_a_finite_result_for_every_text(results, message):
+def test_score_batch_must_return_a_finite_result_for_every_text(results, message):
   with pytest.raises(ValueError, match=message):
     score_completions(Batched(results), ["x"], [EXAMPLE])
 
 
-def test_a_reward_is_made_by_name_with_its_settings():
+def test_a_reward_is_built_by_name_with_its_options():
   assert make_reward("countdown", format_reward=0.25)("3*7+12", EXAMPLE).reward == 0.25
   with pytest.raises(ValueError, match="reward.name is 'countdwn'; did you mean countdown?"):
     make_reward("countdwn")
 
 
-def test_texts_and_examples_must_pair_up():
+def test_numbers_of_texts_and_examples_must_be_equal():
   with pytest.raises(ValueError, match="4 texts for 2 examples"):
     score_completions(countdown_reward, ["x"] * 4, [EXAMPLE] * 2)
 
 
-def test_lengths_reach_only_the_rewards_that_need_them():
+def test_lengths_are_passed_only_to_rewards_that_need_them():
   length = make_reward("length", max_length=10, buffer=4)
   examples = [EXAMPLE] * 3
   assert score_completions(length, ["a", "b", "c"], examples, [6, 8, 10]).reward.tolist() == [0.0, -0.5, -1.0]
@@ -142,16 +142,16 @@ class RaisingReward:
 
 
 @pytest.mark.parametrize("reward", [raising, RaisingReward()], ids=["function", "batched"])
-def test_a_reward_that_raises_is_survived_where_asked_and_nothing_else_is_lost(monkeypatch, caplog, reward):
+def test_on_error_zero_scores_zero_where_the_reward_raises_and_keeps_other_results(monkeypatch, caplog, reward):
   monkeypatch.setitem(REWARDS, "raising", RaisingReward if reward is not raising else raising)
   made = make_reward("raising", on_error="zero")
   scores = score_completions(made, ["ok", "bad", "ok", "bad"], [EXAMPLE] * 4)
   assert (scores.reward.tolist(), scores.reason) == ([1, 0, 1, 0], ("right", "failed", "right", "failed"))
-  assert "2 of 4 completions could not be judged: " in caplog.text and "'answer'" in caplog.text
+  assert "2 of 4 completions could not be scored: " in caplog.text and "'answer'" in caplog.text
   assert made("bad", EXAMPLE).reason == "failed"
 
 
-def test_a_result_that_is_not_finite_is_survived_too(monkeypatch):
+def test_on_error_zero_applies_to_results_that_are_not_finite(monkeypatch):
   monkeypatch.setitem(REWARDS, "odd", lambda text, example: RewardResult(float(text), True, True))
   scores = score_completions(make_reward("odd", on_error="zero"), ["1", "nan"], [EXAMPLE] * 2)
   assert (scores.reward.tolist(), scores.reason) == ([1.0, 0.0], ("", "failed"))
@@ -165,7 +165,7 @@ def scores_of(*reason):
   return Scores(count, count, count, reason)
 
 
-def test_reasons_are_counted_under_names_that_metrics_can_have():
+def test_reasons_are_counted_under_valid_metric_names():
   counts = reason_counts(scores_of("right", "no answer", "No Answer!", "", "right"))
   assert counts == {"reward/reason/right": 0.4, "reward/reason/no_answer": 0.4}
   assert reason_counts(scores_of()) == reason_counts(Scores(*np.zeros((3, 2)))) == {}
@@ -178,7 +178,7 @@ def test_the_number_of_reasons_is_bounded():
   assert sum(counts.values()) == pytest.approx(1.0)
 
 
-# What a config may say
+# Checks of a config
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_the_number_of_reasons_is_bounded():
     ("no.such:reward", {}, "module no.such cannot be imported"),
   ],
 )
-def test_a_mistake_in_a_reward_is_told_with_its_key_and_a_cure(name, options, message):
+def test_mistakes_are_errors_with_the_key_and_a_cure(name, options, message):
   with pytest.raises(ValueError, match=message):
     check_reward(name, options, "config.reward")
 
@@ -217,7 +217,7 @@ def test_rewards_of_all_kinds_pass_the_check():
   check_reward("code", {"wall_seconds": 3.0})
 
 
-def test_rewards_within_rewards_are_found_by_name():
+def test_reward_names_include_those_of_terms():
   terms = {"it": {"name": "math"}, "long": {"name": "length", "options": {"max_length": 9, "buffer": 3}}}
   nested = {"a": {"name": "weighted", "options": {"terms": terms, "success": "it"}}, "on_error": "zero"}
   assert reward_names("by_source", nested) == {"by_source", "weighted", "math", "length"}
@@ -230,7 +230,7 @@ def test_rewards_within_rewards_are_found_by_name():
 DOCUMENT = (DOCS / "rewards.md").read_text()
 
 
-def test_the_documents_code_prints_what_it_says(capsys, monkeypatch):
+def test_code_in_the_document_prints_the_shown_output(capsys, monkeypatch):
   monkeypatch.setattr(sys, "path", sys.path[:])
   blocks = re.findall(r"^```python\n(.*?)^```$(?:\n\nprints\n\n```\n(.*?)^```$)?", DOCUMENT, re.MULTILINE | re.DOTALL)
   assert len(blocks) == DOCUMENT.count("```python") > 1
@@ -239,9 +239,11 @@ def test_the_documents_code_prints_what_it_says(capsys, monkeypatch):
     assert capsys.readouterr().out == printed
 
 
-def test_the_document_lists_every_reward_and_every_option():
+def test_the_document_lists_every_reward_and_option():
   rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", DOCUMENT, re.MULTILINE))
   assert rows.keys() == REWARDS.keys()
-  for name, made in REWARDS.items():
-    parameters = list(inspect.signature(made).parameters)[0 if isinstance(made, type) or name in COMPOSED else 2 :]
+  for name, factory in REWARDS.items():
+    parameters = list(inspect.signature(factory).parameters)[
+      0 if isinstance(factory, type) or name in COMPOSED else 2 :
+    ]
     assert set(parameters) - {"limits", "sources"} <= set(re.findall(r"`(\w+)`", rows[name])), name

@@ -1,4 +1,4 @@
-"""Rewards that read the text alone: form, repetition, length, exact match."""
+"""Rewards computed from the text alone: form, repetition, length, exact match."""
 
 import time
 import unicodedata
@@ -41,11 +41,11 @@ EXAMPLE = Example("q", "Paris")
     ("", None),
   ],
 )
-def test_a_thought_is_followed_by_an_answer(text, answer):
+def test_think_form_is_one_thought_then_an_answer(text, answer):
   result = FormatReward(form="think")(text, EXAMPLE)
   expected = (0.0, False, False, "malformed", "") if answer is None else (1.0, True, True, "formed", answer)
   assert result == expected
-  if text.startswith("<think>"):  # the prompt has said it already
+  if text.startswith("<think>"):  # the prompt ends with it
     assert FormatReward(form="think", opened=True)(text.removeprefix("<think>"), EXAMPLE) == expected
 
 
@@ -62,13 +62,13 @@ def test_a_thought_is_followed_by_an_answer(text, answer):
     ("<answer>5</answer>", None),
   ],
 )
-def test_an_answer_may_have_to_be_in_tags(text, answer):
+def test_think_answer_form_requires_answer_tags(text, answer):
   assert FormatReward(form="think_answer")(text, EXAMPLE)[3:] == (
     ("malformed", "") if answer is None else ("formed", answer)
   )
 
 
-def test_an_expression_must_match_the_whole_completion_and_may_name_the_answer():
+def test_a_pattern_matches_the_whole_completion_and_may_name_the_answer():
   reward = FormatReward(pattern=r"So: .*\nAnswer: (?P<answer>\d+)")
   assert reward("So: a\nb\nAnswer: 12", EXAMPLE) == (1.0, True, True, "formed", "12")
   for other in ("So: a\nAnswer: 12.", " So: a\nAnswer: 12", "So: a", ""):
@@ -78,7 +78,7 @@ def test_an_expression_must_match_the_whole_completion_and_may_name_the_answer()
 
 
 @pytest.mark.parametrize("pattern", [r"(a+)+b", r"(a|a)*b", r"(a*)*b", r"(.*a){20}b"])
-def test_no_completion_makes_an_expression_hang(pattern):
+def test_patterns_with_exponential_backtracking_elsewhere_take_linear_time(pattern):
   begin = time.process_time()
   assert not FormatReward(pattern=pattern)("a" * 20_000, EXAMPLE).success
   assert time.process_time() - begin < 5
@@ -93,10 +93,10 @@ def test_no_completion_makes_an_expression_hang(pattern):
     ({"pattern": "a", "opened": True}, "without opened"),
     ({"pattern": r"(?=a)a"}, "no backreferences and no lookaround"),
     ({"pattern": r"(a)\1"}, "no backreferences and no lookaround"),
-    ({"pattern": r"(a"}, "RE2 does not read"),
+    ({"pattern": r"(a"}, "RE2 cannot compile"),
   ],
 )
-def test_a_form_that_cannot_be_is_refused(settings, message):
+def test_invalid_forms_and_patterns_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
     FormatReward(**settings)
 
@@ -120,20 +120,20 @@ def test_a_form_that_cannot_be_is_refused(settings, message):
     ("数学 math 数学 math", 3, 1 / 4),
   ],
 )
-def test_the_share_of_n_grams_that_have_come_before(text, ngram, share):
+def test_repeated_share_is_the_share_of_n_grams_that_repeat_an_earlier_one(text, ngram, share):
   assert repeated_share(text, ngram) == pytest.approx(share)
   result = repetition_reward(text, EXAMPLE, ngram=ngram, max_penalty=0.5)
   assert (result.reward, result.success, result.format) == (pytest.approx(-0.5 * share), True, True)
 
 
 @given(st.text(max_size=60), st.integers(1, 5))
-def test_the_penalty_is_bounded_and_grows_when_a_text_is_said_again(text, ngram):
+def test_repeated_share_is_bounded_and_grows_when_a_text_is_repeated(text, ngram):
   once, often = repeated_share(text, ngram), repeated_share(f"{text} " * 8, ngram)
   assert 0.0 <= once <= often + 1e-9 and often < 1.0
 
 
 @pytest.mark.parametrize("settings", [{"ngram": 0}, {"max_penalty": -1.0}, {"max_penalty": float("nan")}])
-def test_impossible_settings_of_repetition_are_refused(settings):
+def test_repetition_settings_out_of_range_are_refused(settings):
   with pytest.raises(ValueError, match="want ngram >= 1"):
     repetition_reward("a", EXAMPLE, **settings)
 
@@ -141,11 +141,11 @@ def test_impossible_settings_of_repetition_are_refused(settings):
 # Length
 
 
-def test_length_is_dapos_punishment():
+def test_length_reward_is_the_overlong_penalty():
   lengths = [0, 6, 7, 8, 9, 10, 11]
   results = LengthReward(max_length=10, buffer=4, penalty=2.0).score_batch([""] * 7, [EXAMPLE] * 7, lengths)
-  wanted = overlong_penalty(lengths, max_length=10, buffer=4, penalty=2.0)
-  assert [result.reward for result in results] == pytest.approx(wanted.tolist())
+  expected = overlong_penalty(lengths, max_length=10, buffer=4, penalty=2.0)
+  assert [result.reward for result in results] == pytest.approx(expected.tolist())
   assert [result.reason for result in results] == ["", "", *["overlong"] * 5]
   with pytest.raises(ValueError, match="0 < buffer <= max_length"):
     LengthReward(max_length=10, buffer=11)
@@ -171,7 +171,7 @@ def test_length_is_dapos_punishment():
     (("yes",), "Yes,"),
   ],
 )
-def test_case_width_spaces_and_punctuation_around_do_not_count(gold, answer):
+def test_case_width_spaces_and_surrounding_punctuation_are_ignored(gold, answer):
   assert exact_match_reward(answer, Example("q", gold)) == (1.0, True, True, "right", answer.strip())
 
 
@@ -179,7 +179,7 @@ def test_case_width_spaces_and_punctuation_around_do_not_count(gold, answer):
   ("gold", "answer"),
   [("5", "-5"), ("5", ".5"), ("5", "5%"), ("(3,4]", "[3,4)"), ("a-b", "ab"), ("Paris", "Paris, France"), ("C", "C++")],
 )
-def test_what_differs_in_meaning_is_wrong(gold, answer):
+def test_answers_with_another_meaning_are_incorrect(gold, answer):
   assert exact_match_reward(answer, Example("q", gold), format_reward=0.25)[:4] == (0.25, False, True, "wrong")
 
 
@@ -193,20 +193,20 @@ def test_what_differs_in_meaning_is_wrong(gold, answer):
     ("  ", "all", ""),
   ],
 )
-def test_the_answer_is_looked_for_where_it_may_stand(text, places, answer):
+def test_the_answer_is_taken_from_the_first_place_that_is_not_empty(text, places, answer):
   result = exact_match_reward(text, Example("q", answer or "x"), answer_in=places)
   assert (result.answer, result.reason) == (answer, "right" if answer else "no answer")
 
 
 @given(st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=12), st.sampled_from([".", "!", "”", " "]))
-def test_an_answer_equals_itself_in_other_clothes(word, end):
-  for dressed in (word.upper().lower(), f"  “{word}{end}", unicodedata.normalize("NFD", word)):
-    assert normalized(dressed) in {normalized(word), normalized(word.upper())}
+def test_equal_answers_are_equal_after_normalization(word, end):
+  for variant in (word.upper().lower(), f"  “{word}{end}", unicodedata.normalize("NFD", word)):
+    assert normalized(variant) in {normalized(word), normalized(word.upper())}
   assert normalized(normalized(word)) == normalized(word)
 
 
 @pytest.mark.parametrize("piece", ['"', ". ", ".5", "\u00ad", "a ", "好", "<think>", "</think>", r"\boxed{"])
-def test_long_completions_are_judged_in_no_time(piece):
+def test_long_completions_are_scored_quickly(piece):
   begin = time.process_time()
   for reward in (exact_match_reward, repetition_reward, FormatReward(form="think_answer")):
     reward(piece * 100_000, EXAMPLE)
@@ -214,12 +214,12 @@ def test_long_completions_are_judged_in_no_time(piece):
 
 
 @pytest.mark.parametrize("gold", [None, 5, "", " ", [], [5], [""]])
-def test_a_gold_that_is_no_text_is_refused(gold):
-  with pytest.raises(ValueError, match="want a text that is not empty"):
+def test_a_gold_that_is_not_text_is_refused(gold):
+  with pytest.raises(ValueError, match="want a nonempty text"):
     exact_match_reward("x", Example("q", gold))
 
 
 @pytest.mark.parametrize("settings", [{"answer_in": "end"}, {"answer_in": ()}, {"format_reward": 1.0}])
-def test_impossible_settings_of_exact_match_are_refused(settings):
+def test_exact_match_settings_out_of_range_are_refused(settings):
   with pytest.raises(ValueError, match="want one or more of boxed"):
     exact_match_reward("x", EXAMPLE, **settings)

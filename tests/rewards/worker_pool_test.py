@@ -1,4 +1,4 @@
-"""The worker pool: whatever an item does, the others keep their results, their order and their caller."""
+"""The worker pool: an item that hangs, raises or ends its process affects no other item and not the caller."""
 
 import os
 import signal
@@ -15,43 +15,43 @@ ITEMS = """
 import os, signal, sys, time
 
 def run(item):
-  what, *more = item if isinstance(item, tuple) else (item,)
-  if what == "sleep":
+  action, *more = item if isinstance(item, tuple) else (item,)
+  if action == "sleep":
     time.sleep(*more)
-  elif what == "sleep, then pid":
+  elif action == "sleep, then pid":
     time.sleep(*more)
     return os.getpid()
-  elif what == "hang":
+  elif action == "hang":
     time.sleep(1e6)
-  elif what == "deaf":
+  elif action == "deaf":
     for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
       signal.signal(number, signal.SIG_IGN)
     9 ** 9 ** 9 ** 9
-  elif what == "c code":
+  elif action == "c code":
     9 ** 9 ** 9 ** 9
-  elif what == "write and hang":
+  elif action == "write and hang":
     open(more[0], "w").write(str(os.getpid()))
     9 ** 9 ** 9 ** 9
-  elif what == "raise":
+  elif action == "raise":
     raise KeyError("one")
-  elif what == "raise oddly":
+  elif action == "raise oddly":
     class Odd(Exception):
       def __str__(self):
         raise ValueError
     raise Odd
-  elif what == "exit":
+  elif action == "exit":
     sys.exit("bye")
-  elif what == "end":
+  elif action == "end":
     os._exit(3)
-  elif what == "unpicklable":
+  elif action == "unpicklable":
     return lambda: None
-  elif what == "memory":
+  elif action == "memory":
     return len(bytes(3 << 30))
-  elif what == "pid":
+  elif action == "pid":
     return os.getpid()
-  elif what == "modules":
+  elif action == "modules":
     return sorted(sys.modules)
-  elif what == "large":
+  elif action == "large":
     return b"x" * more[0]
   return item
 
@@ -67,7 +67,7 @@ def _module(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
 
 
-def make(workers=2, timeout=1.0, **settings):
+def make_pool(workers=2, timeout=1.0, **settings):
   return WorkerPool("pool_items:run", workers=workers, timeout=timeout, **settings)
 
 
@@ -84,23 +84,23 @@ def alive(pid):
 
 
 def gone(pids, seconds=5.0):
-  """Whether all of these processes end within so many seconds."""
+  """Whether all of these processes end within `seconds`."""
   end = time.monotonic() + seconds
   while any(map(alive, pids)) and time.monotonic() < end:
     time.sleep(0.02)
   return not any(map(alive, pids))
 
 
-def test_results_come_in_the_order_of_the_items():
+def test_outcomes_are_in_the_order_of_the_items():
   items = [("sleep", 0.05) if number % 7 == 0 else number for number in range(200)]
-  with make() as pool:
+  with make_pool() as pool:
     assert pool.map(items) == ok(*items)
     assert pool.map([]) == []
     assert pool.map([1]) == ok(1)
 
 
-def test_neighbours_go_to_the_same_worker_until_another_has_no_more():
-  with make() as pool:
+def test_consecutive_items_go_to_the_same_worker_until_another_is_idle():
+  with make_pool() as pool:
     while len({outcome.value for outcome in pool.map([("sleep, then pid", 0.02)] * 2)}) < 2:
       pass  # one is still starting
     pids = [outcome.value for outcome in pool.map([("sleep, then pid", 0.1)] * 6 + [("sleep, then pid", 0.001)] * 6)]
@@ -110,23 +110,23 @@ def test_neighbours_go_to_the_same_worker_until_another_has_no_more():
   assert pids.count(second) > 6
 
 
-@pytest.mark.parametrize("what", ["hang", "c code", "deaf"])
-def test_an_item_over_its_time_is_killed_and_costs_only_itself(what):
-  with make() as pool:
+@pytest.mark.parametrize("action", ["hang", "c code", "deaf"])
+def test_an_item_is_killed_at_its_time_limit_and_others_are_unaffected(action):
+  with make_pool() as pool:
     pool.map([0, 0])
     begin = time.monotonic()
-    outcomes = pool.map([1, what, *range(50)])
+    outcomes = pool.map([1, action, *range(50)])
     assert 1.0 <= time.monotonic() - begin < 10.0
     assert outcomes == [*ok(1), Outcome("timeout", "over 1 s"), *ok(*range(50))]
     assert pool.map([2, 3]) == ok(2, 3)
 
 
-def test_hanging_items_are_killed_though_others_keep_answering():
-  with make(timeout=2.0) as pool:
+def test_hanging_items_are_killed_while_others_keep_answering():
+  with make_pool(timeout=2.0) as pool:
     pool.map([0, 0])
     outcomes = pool.map(["hang", *[("sleep, then pid", 0.01)] * 400])
   assert [outcome.status for outcome in outcomes] == ["timeout", *["ok"] * 400]
-  # The second of them took the place of the one that hung, while there was still work for both.
+  # The second worker replaced the one that hung, while items were still queued for both.
   assert len({outcome.value for outcome in outcomes[1:]}) == 2
 
 
@@ -141,30 +141,30 @@ def test_hanging_items_are_killed_though_others_keep_answering():
     ("end", "died", "exit status 3"),
   ],
 )
-def test_an_item_that_fails_costs_only_itself(item, status, value):
-  with make(workers=1, memory_mib=2048) as pool:
+def test_a_failing_item_affects_no_other(item, status, value):
+  with make_pool(workers=1, memory_mib=2048) as pool:
     before, outcome, after = pool.map([1, item, 2])
   assert [before, after] == ok(1, 2)
   assert outcome.status == status
   assert value in outcome.value
 
 
-def test_large_items_and_results_pass_while_another_hangs():
-  with make() as pool:
+def test_large_items_and_results_are_sent_while_another_item_hangs():
+  with make_pool() as pool:
     outcomes = pool.map(["hang", ("large", 5_000_000), b"y" * 5_000_000, 3])
   assert [outcome.status for outcome in outcomes] == ["timeout", "ok", "ok", "ok"]
   assert (len(outcomes[1].value), len(outcomes[2].value)) == (5_000_000, 5_000_000)
 
 
-def test_workers_are_replaced_after_so_many_items():
-  with make(workers=1, recycle=3) as pool:
+def test_workers_are_replaced_after_recycle_items():
+  with make_pool(workers=1, recycle=3) as pool:
     pids = [outcome.value for outcome in pool.map(["pid"] * 8)]
   assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 2]
   assert gone(pids)
 
 
-def test_a_worker_killed_while_idle_is_replaced_unseen():
-  with make(workers=1) as pool:
+def test_a_worker_killed_while_idle_is_replaced():
+  with make_pool(workers=1) as pool:
     (first,) = pool.map(["pid"])
     os.kill(first.value, signal.SIGKILL)
     assert gone([first.value])
@@ -175,18 +175,18 @@ def test_a_worker_killed_while_idle_is_replaced_unseen():
 
 def test_a_worker_loads_neither_jax_nor_the_callers_main_module_nor_our_package():
   assert "jax" in sys.modules
-  with make(workers=1) as pool:
+  with make_pool(workers=1) as pool:
     (modules,) = pool.map(["modules"])
   assert not {name.partition(".")[0] for name in modules.value} & {"jax", "numpy", "rspo_jax", "pytest"}
 
 
-def test_an_argument_is_for_the_function_that_makes_the_one_to_run():
+def test_with_an_argument_the_function_returns_the_function_to_run():
   with WorkerPool("pool_items:prepare", argument="{1}", workers=1, timeout=5.0) as pool:
     assert pool.map(["a", "b"]) == ok(("{1}", "a", True), ("{1}", "b", True))
 
 
 def test_closing_ends_busy_and_idle_workers():
-  pool = make()
+  pool = make_pool()
   pids = [worker._process.pid for worker in pool._workers]
   pool.close()
   assert gone(pids)
@@ -194,12 +194,12 @@ def test_closing_ends_busy_and_idle_workers():
     pool.map([1])
 
 
-def test_an_interrupted_batch_leaves_no_answer_for_the_next():
+def test_answers_of_an_interrupted_batch_do_not_reach_the_next():
   class Unpicklable:
     def __reduce__(self):
       raise KeyboardInterrupt
 
-  with make(workers=2) as pool:
+  with make_pool(workers=2) as pool:
     with pytest.raises(KeyboardInterrupt):
       pool.map([("sleep", 0.2), Unpicklable()])
     assert pool.map([1, 2, 3, 4]) == ok(1, 2, 3, 4)
@@ -215,7 +215,7 @@ pool.map([("write and hang", sys.argv[1])])
 """
 
 
-def test_workers_end_with_a_caller_that_is_killed_even_a_worker_that_hangs(tmp_path):
+def test_workers_end_after_their_caller_is_killed_even_if_they_hang(tmp_path):
   written = tmp_path / "pid"
   environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd(), *sys.path])}
   command = [sys.executable, "-c", CALLER, str(written)]
@@ -228,7 +228,7 @@ def test_workers_end_with_a_caller_that_is_killed_even_a_worker_that_hangs(tmp_p
   assert gone(pids, 1.0 + worker_pool.ORPHAN_SECONDS + 3.0)
 
 
-def test_a_function_that_cannot_be_loaded_is_an_error_and_no_endless_start(tmp_path, capfd):
+def test_a_function_that_cannot_be_loaded_is_an_error_after_a_few_starts(tmp_path, capfd):
   (tmp_path / "broken_items.py").write_text("raise ImportError('no such thing')\n")
   with (
     WorkerPool("broken_items:run", workers=1, timeout=1.0) as pool,
@@ -241,7 +241,7 @@ def test_a_function_that_cannot_be_loaded_is_an_error_and_no_endless_start(tmp_p
 @pytest.mark.parametrize(
   "path", ["no_such_module:run", "pool_items", "pool_items:", "json.nothing:run", ":run", "sys:exit"]
 )
-def test_a_path_that_leads_nowhere_is_refused(path):
+def test_unknown_function_paths_are_refused(path):
   with pytest.raises(ValueError, match="package.module:function"):
     WorkerPool(path, workers=1, timeout=1.0)
 
@@ -257,6 +257,6 @@ def test_a_path_that_leads_nowhere_is_refused(path):
     ({"timeout": float("nan")}, "timeout is nan"),
   ],
 )
-def test_impossible_settings_are_refused(settings, message):
+def test_settings_out_of_range_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
-    make(**settings)
+    make_pool(**settings)

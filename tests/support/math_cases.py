@@ -1,4 +1,4 @@
-"""Gold answers of the public benchmark files, other ways to write each of them, and answers that are wrong for each."""
+"""Gold answers of the public benchmark files, with other notations of each and incorrect answers for each."""
 
 import json
 import re
@@ -18,7 +18,7 @@ SCIENTIFIC = re.compile(r"(-?\d+(?:\.\d+)?)e(-?\d+)")
 
 
 class Gold(NamedTuple):
-  """answer: as the file has it. bare: without dollars and final stop. unit: of OlympiadBench, bare; often ''."""
+  """answer: as in the file. bare: without dollar signs and full stop. unit: of OlympiadBench, bare; often ''."""
 
   answer: str
   bare: str
@@ -26,7 +26,7 @@ class Gold(NamedTuple):
 
 
 def golds(name: str) -> list[Gold]:
-  """One per record of a file. FileNotFoundError where there is none."""
+  """One per record of a file. FileNotFoundError if it is absent."""
   return [_gold(name, json.loads(line)) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
 
 
@@ -45,19 +45,19 @@ def _bare(answer: str) -> str:
 
 
 def _parts(answer: str) -> list[str]:
-  """What commas outside all brackets separate."""
+  """The parts between commas that are outside all brackets."""
   parts, depth = [""], 0
-  for sign in answer:
-    depth += (sign in "([{") - (sign in ")]}")
-    if sign == "," and depth == 0:
+  for character in answer:
+    depth += (character in "([{") - (character in ")]}")
+    if character == "," and depth == 0:
       parts.append("")
     else:
-      parts[-1] += sign
+      parts[-1] += character
   return [part.strip() for part in parts]
 
 
 def _elements(answer: str) -> list[str]:
-  """The elements of a list or set without braces; [] of anything else."""
+  """The elements of a list or set without braces; [] for anything else."""
   number = NUMBER.fullmatch(re.sub(r"\\[!$]|\s", "", answer))
   parts = _parts(answer)
   return [] if number or len(parts) < 2 or "where" in answer or answer.startswith(r"x=\frac{1}{6}") else parts
@@ -67,8 +67,8 @@ def _boxed(answer: str) -> str:
   return f"We get $x$ from 7 and 12.\n\nSo it is $\\boxed{{{answer}}}$."
 
 
-def right(gold: Gold) -> dict[str, str]:
-  """Completions by the name of their dressing, all right."""
+def correct(gold: Gold) -> dict[str, str]:
+  """Correct completions, by the name of their notation."""
   bare = gold.bare
   texts = {
     "boxed": _boxed(bare),
@@ -231,8 +231,8 @@ def _intervals(gold: Gold) -> Iterator[tuple[str, str]]:
     yield from (("union in another order", r" \cup ".join(pieces[::-1])), ("tight union", r"\cup".join(pieces)))
 
 
-def wrong(gold: Gold) -> dict[str, str]:
-  """Completions by the name of what is wrong with them."""
+def incorrect(gold: Gold) -> dict[str, str]:
+  """Incorrect completions, by the name of their mistake."""
   bare = gold.bare
   texts = {"no answer": "I do not know.", "empty box": r"\boxed{}"}
   if NUMBER.fullmatch(bare.replace(r"\$", "")):
@@ -240,8 +240,8 @@ def wrong(gold: Gold) -> dict[str, str]:
     other = repr(float(plain) + 1)
     texts |= {
       "other number in words": f"The answer is {other}.",
-      "right, then another": f"First {plain}, but then it is {other}",
-      "right, then ####": f"It is {plain}.\n#### {other}",
+      "correct, then another": f"First {plain}, but then it is {other}",
+      "correct, then ####": f"It is {plain}.\n#### {other}",
     }
   for ways in (
     _other_numbers,
@@ -335,7 +335,7 @@ def _other_words(gold: Gold) -> Iterator[tuple[str, str]]:
     )
 
 
-PREPARED = [  # (gold, answer): right, but not without one of our preparations
+PREPARED = [  # (gold, answer): equal, but only after one of our preparations
   (r"9 \mbox{ inches}^2", r"$9 \mbox{ inches}^2$"),
   ("5", r"\approx 5"),
   ("5", r"**5\,**."),
@@ -363,7 +363,7 @@ PREPARED = [  # (gold, answer): right, but not without one of our preparations
   (r"4.5 \times 10^{33}", "4.5e33"),
   (r"\frac{600}{7}", r"\frac{600}{7} km/h"),
 ]
-STRICTER = [  # (gold, answer): math-verify takes them for equal
+STRICTER = [  # (gold, answer): different, but math-verify equates them
   ("52_8", "52_9"),
   ("16,3,1,1", "16,3,1"),
   ("0.0000000074", "0.0000000084"),
@@ -377,5 +377,5 @@ STRICTER = [  # (gold, answer): math-verify takes them for equal
 
 
 def plain(answer):
-  """As math-verify alone reads it."""
+  """An answer as parsed by math-verify alone."""
   return parse(rf"\boxed{{{answer}}}", [LatexExtractionConfig(boxed_match_priority=0)], extraction_mode="first_match")

@@ -1,4 +1,4 @@
-"""Answers compared by math-verify, in worker processes that can be killed.
+"""Mathematical answers, compared by math-verify in worker processes with a time limit.
 
 `equivalence` and `shortcuts` run in the workers and import nothing of ours.
 """

@@ -1,7 +1,8 @@
-"""Whether a mathematical answer equals the gold one. Runs in workers: it needs math-verify and nothing of ours.
+"""Whether a mathematical answer equals the gold one. Runs in worker processes: imports math-verify and nothing of ours.
 
-math-verify (0.9.0) defines what is right. Here an answer is only written the way math-verify reads it, and the few
-comparisons that it answers too kindly are made stricter; docs/math_rewards.md lists both. `load` makes it fast.
+math-verify (0.9.0) decides equality. This module rewrites answers into notation that math-verify can read, and is
+stricter in the few comparisons in which math-verify equates different answers; docs/math_rewards.md lists both. `load`
+adds the short cuts that make it fast.
 """
 
 import functools
@@ -16,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 
-Finding = Literal["right", "wrong", "unparsed"]
+Equality = Literal["right", "wrong", "unparsed"]
 
-# math-verify warns that it runs without its own timeout: the pool keeps the time.
+# Silences the warning that math-verify runs without its own timeout; the worker pool has one.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _CONFIG = [LatexExtractionConfig(boxed_match_priority=0)]
@@ -28,7 +29,7 @@ _BRACED = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 _POWER = r"(?:\^\{?-?\d\}?)?"
 _WORD = r"(?:(?!infinity|hundred|thousand|million|billion|trillion|dozen)[A-Za-z]{4,}|[ckmn]m|kg|ft|in|eV|Hz|m/s)"
 
-# Each makes one way of writing readable to math-verify, in this order; tests/math_rewards_test.py has a case for each.
+# Each makes one notation readable to math-verify; applied in order. Cases of each: tests/support/math_cases.py.
 _PREPARATIONS = tuple(
   (re.compile(pattern), replacement)
   for pattern, replacement in (
@@ -56,7 +57,7 @@ _PREPARATIONS = tuple(
     (rf"^((?:[-+\d.,/{{}} ]|\\[dt]?frac)*[\d}}])\s+{_WORD}(?:[ /]+[A-Za-z]+)*{_POWER}$", r"\1"),  # 5 cm^2
   )
 )
-# Within each of these forms math-verify finds equal what is equal exactly.
+# For two answers of the same of these forms, math-verify's equality is exact equality.
 _DECIMAL = re.compile(r"-?(?:(?:\d{1,3}(?:,\d{3}){1,5}|\d{1,18})(?:\.\d{1,6})?|\.\d{1,6})")
 _RATIONAL = re.compile(r"-?(?:\d{1,18}|\d{1,18}/[1-9]\d{0,17}|\\[dt]?frac\{\d{1,18}\}\{[1-9]\d{0,17}\})")
 _FRAC = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
@@ -66,41 +67,41 @@ _BASED = re.compile(r"(\d+)_\{?(\d+)\}?")
 
 
 def prepare(answer: str) -> str:
-  """An answer without its box, in LaTeX that math-verify reads."""
+  """Rewrites an answer, without its box, into LaTeX that math-verify reads."""
   for pattern, replacement in _PREPARATIONS:
     answer = pattern.sub(replacement, answer)
   return answer.strip()
 
 
 class _Parsed(NamedTuple):
-  """What math-verify makes of an answer.
+  """An answer as math-verify parses it.
 
   Attributes:
-    found: what its `verify` compares.
-    readable: it is mathematics, not only text.
+    candidates: the arguments of math-verify's `verify`: expressions and the text.
+    readable: the answer is mathematics, not only text.
     number: its value, if it is a single number.
-    decimals: zeros between the point and the first digit, of the smallest number in it.
+    decimals: position of the first nonzero decimal of the smallest number in it; 0 if no number is below 1.
   """
 
-  found: list[Any]
+  candidates: list[Any]
   readable: bool
   number: complex | None
   decimals: int
 
 
 def _parse(answer: str) -> _Parsed:
-  found = parse(rf"\boxed{{{answer}}}", _CONFIG, extraction_mode="first_match", parsing_timeout=None)
-  value = next((part for part in found if not isinstance(part, str)), None)
+  candidates = parse(rf"\boxed{{{answer}}}", _CONFIG, extraction_mode="first_match", parsing_timeout=None)
+  value = next((part for part in candidates if not isinstance(part, str)), None)
   if value is None or value.has(sympy.zoo, sympy.nan):
-    return _Parsed(found if value is None else [], False, None, 0)
-  if value.has(sympy.Derivative):  # math-verify solves equations, for which the derivative of a letter is 0
+    return _Parsed(candidates if value is None else [], False, None, 0)
+  if value.has(sympy.Derivative):  # when it solves equations, math-verify takes the derivative of a letter as 0
     value = value.replace(sympy.Derivative, lambda *of: sympy.Symbol(str(of)))
-    found = [value, *(part for part in found if isinstance(part, str))]
+    candidates = [value, *(part for part in candidates if isinstance(part, str))]
   several = isinstance(value, sympy.Set | sympy.Tuple)
   parts = value.args if several else value.flat() if isinstance(value, sympy.MatrixBase) else [value]
   numbers = [number for number in map(_number, parts) if number is not None]
   decimals = max((-math.floor(math.log10(abs(number))) for number in numbers if 0 < abs(number) < 1), default=0)
-  return _Parsed(found, True, _number(value), decimals)
+  return _Parsed(candidates, True, _number(value), decimals)
 
 
 def _number(value: Any) -> complex | None:
@@ -110,16 +111,16 @@ def _number(value: Any) -> complex | None:
     return None
 
 
-_parse_gold = functools.lru_cache(maxsize=256)(_parse)  # the samples of a prompt share their gold answer
+_parse_gold = functools.lru_cache(maxsize=256)(_parse)  # the samples of a group share their gold answer
 
 
-def compare(item: tuple[str, str]) -> Finding:
-  """Whether an answer is the gold one.
+def compare(item: tuple[str, str]) -> Equality:
+  """Whether an answer equals the gold one.
 
   Args:
     item: (gold, answer), both LaTeX without a box.
   Returns:
-    'unparsed' if they are not the same text and math-verify cannot read one of them.
+    'right', 'wrong', or 'unparsed' if math-verify cannot read one of them and they are not the same text.
   """
   gold, answer = map(prepare, item)
   if "%" in gold and "%" in answer:
@@ -134,17 +135,17 @@ def compare(item: tuple[str, str]) -> Finding:
     return "right" if bases[0].groups() == bases[1].groups() else "wrong"
   parts = [part.strip() for part in _THOUSANDS.sub("", gold).split(",")]
   if len(set(parts)) < len(parts) > answer.count(",") + 1:
-    return "wrong"  # math-verify would take 3,1,1 for the set of 3 and 1
-  wanted, given = _parse_gold(gold), _parse(answer)
-  if _equal(wanted, given):
+    return "wrong"  # math-verify reads 3,1,1 as the set of 3 and 1
+  parsed_gold, parsed_answer = _parse_gold(gold), _parse(answer)
+  if _equal(parsed_gold, parsed_answer):
     return "right"
-  if "%" in gold + answer:  # math-verify overlooks the sign of whole numbers only
+  if "%" in gold + answer:  # math-verify ignores the percent sign of whole numbers only
     return compare((_PERCENT.sub("", gold), _PERCENT.sub("", answer)))
-  return "wrong" if wanted.readable and given.readable else "unparsed"
+  return "wrong" if parsed_gold.readable and parsed_answer.readable else "unparsed"
 
 
-def load(path: str) -> Callable[[tuple[str, str]], Finding]:
-  """`compare`, after it has run a module that makes math-verify faster, by its file: `shortcuts`."""
+def load(path: str) -> Callable[[tuple[str, str]], Equality]:
+  """`compare`, after running the module `shortcuts` from its file, which makes math-verify faster."""
   spec = importlib.util.spec_from_file_location("math_shortcuts", path)
   spec.loader.exec_module(importlib.util.module_from_spec(spec))
   return compare
@@ -157,11 +158,11 @@ def _value(number: str) -> Fraction:
 def _equal(gold: _Parsed, answer: _Parsed) -> bool:
   numbers = None not in (gold.number, answer.number)
   if numbers and abs(gold.number - answer.number) > 1e-5 + 1e-3 * abs(gold.number):
-    return False  # no rounding makes them equal, and math-verify would take long to say so
-  # Six decimals call all numbers below 5e-7 equal: as many more as the gold answer has zeros.
+    return False  # far beyond any rounding; math-verify would simplify at length
+  # Rounded to six decimals all numbers below 5e-7 are equal, so small gold answers add decimals.
   return verify(
-    gold.found,
-    answer.found,
+    gold.candidates,
+    answer.candidates,
     float_rounding=6 + gold.decimals,
     numeric_precision=15 + gold.decimals,
     timeout_seconds=None,

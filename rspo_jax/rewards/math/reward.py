@@ -1,26 +1,26 @@
-"""The answer in a completion, and batches of answers judged by math-verify in workers that can be killed."""
+"""Extraction of the answer from a completion, and comparison by math-verify in worker processes with a time limit."""
 
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from rspo_jax.data.examples import Example
-from rspo_jax.rewards.base import RewardResult
+from rspo_jax.rewards.base import BatchReward, RewardResult
 from rspo_jax.rewards.worker_pool import Outcome, WorkerPool
 from rspo_jax.tasks.answers import FORMS, AnswerForm, extract_answer
 
 Reason = Literal["right", "wrong", "no answer", "unparsed", "timeout", "failed"]
 
-_SHORTCUTS = str(pathlib.Path(__file__).with_name("shortcuts.py"))  # by its file: the package imports JAX
+_SHORTCUTS = str(pathlib.Path(__file__).with_name("shortcuts.py"))  # loaded by its file: the package imports JAX
 
 
 class MathVerdict(NamedTuple):
-  """Of one completion.
+  """The verdict on one completion.
 
   Attributes:
-    success: its answer is right.
-    why: 'right'; 'wrong'; 'no answer' in the text; 'unparsed', math-verify cannot read the answer or the gold one and
-      they are not the same text; 'timeout'; 'failed', math-verify raised or ended its worker.
+    success: its answer is correct.
+    reason: 'right'; 'wrong'; 'no answer' in the text; 'unparsed', math-verify cannot read the answer or the gold one
+      and they are not the same text; 'timeout'; 'failed', math-verify raised or ended its worker.
     form: how the text marked the answer.
     answer: as written; '' for none.
   """
@@ -32,10 +32,10 @@ class MathVerdict(NamedTuple):
 
 
 def gold_answers(gold: Any) -> tuple[str, ...]:
-  """The alternatives that a gold answer names, any of which is right.
+  """The alternatives of a gold answer; an answer is correct if it equals any of them.
 
   Args:
-    gold: LaTeX, or a sequence of alternatives, each LaTeX or a sequence of parts that are all wanted, in any order.
+    gold: LaTeX, or a sequence of alternatives, each LaTeX or a sequence of parts that are all required, in any order.
   Raises:
     ValueError: anything else, or no alternative, or an empty one.
   """
@@ -49,11 +49,12 @@ def gold_answers(gold: Any) -> tuple[str, ...]:
   )
 
 
-class MathReward:
-  """1 for a right answer, format_reward for a marked and readable one that is wrong, else 0. docs/math_rewards.md.
+class MathReward(BatchReward):
+  """1 for a correct answer, format_reward for an incorrect one that is marked and readable, else 0.
 
-  Marked is an answer in a box or after ####. Whole batches are judged in a pool of workers, equal pairs of gold answer
-  and answer once. A context manager; without it the workers end with the process that made them.
+  An answer in a box or after #### is marked. A pool of workers compares the answers of a batch; equal pairs of gold
+  answer and answer are compared once. A context manager; workers also end with the process that started them.
+  docs/math_rewards.md.
   """
 
   def __init__(
@@ -69,13 +70,13 @@ class MathReward:
 
     Args:
       format_reward: in [0, 1).
-      forms: of `FORMS`, where an answer may stand.
-      workers, timeout, recycle: see `WorkerPool`; timeout is per answer and gold alternative.
+      forms: of `FORMS`: the forms of answers that are accepted.
+      workers, timeout, recycle: see `WorkerPool`; timeout is in seconds, per answer and gold alternative.
     Raises:
       ValueError: a setting out of range.
     """
     if not 0.0 <= format_reward < 1.0:
-      raise ValueError(f"format_reward is {format_reward}; want a value in [0, 1), less than a right answer earns.")
+      raise ValueError(f"format_reward is {format_reward}; want a value in [0, 1), less than a correct answer earns.")
     if not forms or set(forms) - set(FORMS):
       raise ValueError(f"forms is {forms!r}; want one or more of {', '.join(FORMS)}.")
     self._format_reward, self._forms = format_reward, tuple(forms)
@@ -83,20 +84,11 @@ class MathReward:
       "rspo_jax.rewards.math.equivalence:load", argument=_SHORTCUTS, workers=workers, timeout=timeout, recycle=recycle
     )
 
-  def __enter__(self) -> "MathReward":
-    return self
-
-  def __exit__(self, *error: Any) -> None:
-    self.close()
-
   def close(self) -> None:
     self._pool.close()
 
-  def __call__(self, text: str, example: Example) -> RewardResult:
-    return self.score_batch([text], [example])[0]
-
   def score_batch(self, texts: Sequence[str], examples: Sequence[Example]) -> list[RewardResult]:
-    """texts[i] answers examples[i], whose gold is what `gold_answers` takes; ValueError for any other."""
+    """Results of texts[i] for examples[i]; golds as in `gold_answers`, which raises ValueError for others."""
     results = []
     for verdict in self.verdicts(texts, [example.gold for example in examples]):
       marked = verdict.form in ("boxed", "####") and verdict.reason in ("right", "wrong")
@@ -105,25 +97,25 @@ class MathReward:
     return results
 
   def verdicts(self, texts: Sequence[str], golds: Sequence[Any]) -> list[MathVerdict]:
-    """As `score_batch`, with gold answers for examples."""
-    wanted = [gold_answers(gold) for gold in golds]
-    found = [extract_answer(text, self._forms) for text in texts]
+    """As `score_batch`, with gold answers in place of examples."""
+    alternatives_of = [gold_answers(gold) for gold in golds]
+    extracted = [extract_answer(text, self._forms) for text in texts]
     pairs = dict.fromkeys(
       (gold, answer)
-      for (answer, _), alternatives in zip(found, wanted, strict=True)
+      for (answer, _), alternatives in zip(extracted, alternatives_of, strict=True)
       if answer is not None
       for gold in alternatives
     )
     reason_of = dict(zip(pairs, map(_reason, self._pool.map(list(pairs))), strict=True))
     verdicts = []
-    for (answer, form), alternatives in zip(found, wanted, strict=True):
+    for (answer, form), alternatives in zip(extracted, alternatives_of, strict=True):
       reasons = [reason_of[gold, answer] for gold in alternatives] if answer is not None else ["no answer"]
       chosen = min(reasons, key=_PRECEDENCE.index)
       verdicts.append(MathVerdict(chosen == "right", chosen, form, answer or ""))
     return verdicts
 
 
-# Of several alternatives the first of these speaks.
+# With several alternatives, the verdict is the first of these that occurs.
 _PRECEDENCE: tuple[Reason, ...] = ("right", "timeout", "failed", "unparsed", "wrong", "no answer")
 
 

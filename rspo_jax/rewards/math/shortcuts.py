@@ -1,7 +1,8 @@
-"""Makes math-verify (0.9.0) faster, once imported, and changes nothing of what it finds. Needs nothing of ours.
+"""Importing this module makes math-verify (0.9.0) faster, with the same results. It imports nothing of ours.
 
-Most of its time goes into ANTLR, which here builds a parse tree once for all texts of the same kinds of tokens, and
-into simplifying and solving what differs, which here is seen at a point: what is equal, is so at every point.
+math-verify spends most of its time in ANTLR, and in simplifying and solving unequal expressions. Here one parse tree is
+built per sequence of token types, and unequal expressions are told apart by their values at a point: expressions that
+are equal have equal values at every point.
 """
 
 import contextlib
@@ -28,13 +29,13 @@ from sympy.functions.elementary.hyperbolic import HyperbolicFunction
 from sympy.functions.elementary.trigonometric import InverseTrigonometricFunction, TrigonometricFunction
 from sympy.solvers.solvers import solve_linear
 
-# Reading
+# Parsing
 
 
 def _parts(kinds: tuple[int, ...]) -> tuple[bool, bool, bool]:
-  r"""Whether a text of these kinds of tokens may have: a sum with \pm, an index after a power, a power after an index.
+  r"""Whether a text of these token types may contain: a sum with \pm, an index after a power, a power after an index.
 
-  An index or a power ends with a brace, or is one token, or ends with one of which this holds.
+  An index or a power ends with a brace, or is a single token, or ends with a nested index or power of this kind.
   """
   brace, index, power = PSParser.R_BRACE, PSParser.UNDERSCORE, PSParser.CARET
   ends = [last == brace or before in (index, power) for before, last in itertools.pairwise(kinds)]
@@ -44,24 +45,27 @@ def _parts(kinds: tuple[int, ...]) -> tuple[bool, bool, bool]:
 
 @functools.cache
 def _parser(plus_minus: bool, power_index: bool, index_power: bool) -> type[PSParser]:
-  r"""A parser for texts without the parts that are False; the whole one reads every sum to its end, after a \pm."""
+  r"""A parser for texts without the parts that are False.
+
+  The complete grammar scans every sum to its end in search of a \pm.
+  """
   atn = ATNDeserializer().deserialize(serializedATN())
   (atom,) = (state for state in atn.decisionToState if state.ruleIndex == PSParser.RULE_atom_expr)
   starts = (atn.ruleToStartState[PSParser.RULE_plus_minus_expr], *(branch.target for branch in atom.transitions[:2]))
-  for start, wanted in zip(starts, (plus_minus, power_index, index_power), strict=True):
-    if not wanted:
+  for start, present in zip(starts, (plus_minus, power_index, index_power), strict=True):
+    if not present:
       start.transitions.clear()
-  learnt = [DFA(state, number) for number, state in enumerate(atn.decisionToState)]
-  own = {"atn": atn, "decisionsToDFA": learnt, "sharedContextCache": PredictionContextCache()}
-  return type("Parser", (PSParser,), own)
+  dfas = [DFA(state, number) for number, state in enumerate(atn.decisionToState)]
+  attributes = {"atn": atn, "decisionsToDFA": dfas, "sharedContextCache": PredictionContextCache()}
+  return type("Parser", (PSParser,), attributes)
 
 
 @functools.lru_cache(maxsize=256)
 def _tree(kinds: tuple[int, ...]) -> tuple[list[Token], ParserRuleContext | None]:
-  """The tokens of these kinds, the end among them, and their parse tree; no tree for a syntax error.
+  """Tokens of these types, including the end token, and their parse tree; None for the tree if there is a syntax error.
 
-  ANTLR's SLL prediction finds the tree that LL does, or a syntax error, and takes a tenth of the time; then LL it is.
-  Source: PredictionMode in ANTLR's documentation.
+  ANTLR's SLL prediction takes a tenth of the time of LL. It finds the same tree or reports a syntax error; LL runs only
+  after such an error. Source: PredictionMode in ANTLR's documentation.
   """
   stream = CommonTokenStream(ListTokenSource([CommonToken(type=kind) for kind in kinds]))
   parser = _parser(*_parts(kinds))(stream)
@@ -75,7 +79,7 @@ def _tree(kinds: tuple[int, ...]) -> tuple[list[Token], ParserRuleContext | None
 
 
 def _parse_by_kinds(parser: PSParser) -> ParserRuleContext:
-  """Takes the place of `PSParser.math`: 2x+3 and 7y+9 share their tree, as the grammar sees kinds of tokens only."""
+  """Replaces `PSParser.math`: 2x+3 and 7y+9 share their tree, as the grammar depends on token types only."""
   stream = parser.getTokenStream()
   stream.fill()
   tokens, tree = _tree(tuple(token.type for token in stream.tokens))
@@ -86,8 +90,8 @@ def _parse_by_kinds(parser: PSParser) -> ParserRuleContext:
   return tree
 
 
-def _whole_at_once(reader: _Latex2Sympy, text: str) -> sympy.Number:
-  """Takes the place of `_Latex2Sympy.parse_number`, which has sympy parse and run each number as Python source."""
+def _parse_number(reader: _Latex2Sympy, text: str) -> sympy.Number:
+  """Replaces `_Latex2Sympy.parse_number`, in which sympy parses and evaluates each number as Python source."""
   return sympy.Integer(text) if text.isascii() and text.isdigit() else _parse_number_exactly(reader, text)
 
 
@@ -102,9 +106,9 @@ _SMOOTH = (
 
 
 class _Point(dict):
-  """Values of symbols, by their names; names that math-verify holds for the same have the same value.
+  """Values of symbols, by their names; names that math-verify treats as equal have the same value.
 
-  It overlooks capitals, and takes a word for the product of its letters and e for Euler's number.
+  math-verify ignores case, and reads a word as the product of its letters and e as Euler's number.
   """
 
   def __init__(self, scale: float):
@@ -112,15 +116,15 @@ class _Point(dict):
 
   def __missing__(self, symbol: sympy.Symbol) -> float:
     return math.prod(
-      math.e if sign == "e" else self.scale * (0.2 + ord(sign) * 0.618034 % 1) for sign in symbol.name.lower()
+      math.e if letter == "e" else self.scale * (0.2 + ord(letter) * 0.618034 % 1) for letter in symbol.name.lower()
     )
 
 
 def _value_at(expr: Any, point: _Point) -> complex:
-  """Right to far less than `_MARGIN`, relatively.
+  """The value of an expression at a point, with a relative error far below `_MARGIN`.
 
   Raises:
-    Exception: it is unsure, for rounding may have spoiled the value (what nearly vanishes may be 0), or does not know.
+    Exception: the value is unknown, or inexact because of rounding (a value near 0 may be 0).
   """
   if expr.is_Symbol:
     return point[expr]
@@ -138,7 +142,7 @@ def _value_at(expr: Any, point: _Point) -> complex:
     value = math.prod(values)
   elif expr.is_Pow and abs(values[1]) < 99 and (real or values[1] % 1 == 0):
     value = values[0] ** values[1]
-  elif isinstance(expr, AppliedUndef) and real and size < 1e3:  # what holds for every function holds for this one
+  elif isinstance(expr, AppliedUndef) and real and size < 1e3:  # an equation for all functions holds for this one
     value = 2 + math.sin(sum(map(ord, expr.func.__name__)) + sum(map(math.prod, enumerate(values, 2))))
   elif isinstance(expr, sympy.floor | sympy.ceiling) and abs(values[0] - round(values[0])) > _MARGIN:
     return float(expr.func(values[0]))
@@ -152,15 +156,15 @@ def _value_at(expr: Any, point: _Point) -> complex:
 
 
 def _differ(one: Any, other: Any, point: _Point) -> bool:
-  """Whether they do, clearly. False if that is unsure."""
-  with contextlib.suppress(Exception):  # then it is for math-verify to say
+  """Whether two expressions differ by more than rounding at a point. False if a value is unknown."""
+  with contextlib.suppress(Exception):  # math-verify decides
     values = _value_at(one, point), _value_at(other, point)
     return abs(values[0] - values[1]) > _MARGIN * max(map(abs, values))
   return False
 
 
 def _simplified_equal(gold: Any, answer: Any) -> bool:
-  """Takes the place of `grader.sympy_symbolic_eq`: whether the difference is 0 when simplified."""
+  """Replaces `grader.sympy_symbolic_eq`: whether the simplified difference is 0."""
   both = isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)
   if both and any(_differ(gold, answer, _Point(scale)) for scale in _SCALES):
     return False
@@ -168,9 +172,10 @@ def _simplified_equal(gold: Any, answer: Any) -> bool:
 
 
 def _solved_equal(gold: Any, answer: Any, *precision: int) -> bool:
-  """Takes the place of `grader.sympy_solve_and_compare`: whether sympy's `solve` finds the same solutions for both.
+  """Replaces `grader.sympy_solve_and_compare`: whether sympy's `solve` finds the same solutions for both equations.
 
-  It compares what symbols are equal to. For one symbol `solve` gives values only, which it never finds equal.
+  math-verify compares solutions by symbol. For equations in one symbol `solve` returns values without the symbol, which
+  math-verify never finds equal.
   """
   if isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq):
     if len(gold.free_symbols) == 1 and _has_solutions(gold):
@@ -185,22 +190,22 @@ def _has_solutions(equation: sympy.Eq) -> bool:
   try:
     return bool(sympy.solve(equation, equation.free_symbols))
   except Exception:
-    return True  # math-verify too gives up on it
+    return True  # math-verify gives up on it too
 
 
 @functools.lru_cache(maxsize=256)
 def _solution(equation: sympy.Eq) -> tuple[sympy.Symbol, sympy.Expr] | None:
-  """A symbol and its solution, which `solve` finds first: the equation is linear in it. None if there is none."""
+  """A symbol in which the equation is linear and its solution, the one `solve` finds first. None if there is none."""
   with contextlib.suppress(Exception):
     for symbol in sorted(equation.free_symbols, key=sympy.default_sort_key):
-      found, solution = solve_linear(equation.lhs - equation.rhs, symbols=[symbol])
-      if found == symbol:
+      solved, solution = solve_linear(equation.lhs - equation.rhs, symbols=[symbol])
+      if solved == symbol:
         return None if solution.is_number else (symbol, solution)  # math-verify rounds numbers
   return None
 
 
 def _misses(equation: sympy.Eq, symbol: sympy.Symbol, solution: sympy.Expr, point: _Point) -> bool:
-  """Whether it does not hold, clearly, where the symbol has the value of the solution and that is real."""
+  """Whether an equation clearly fails at a point where the symbol has the value of the solution, if that is real."""
   with contextlib.suppress(Exception):
     point[symbol] = float(_value_at(solution, point))
     return _differ(equation.lhs - equation.rhs, sympy.S.Zero, point)
@@ -208,6 +213,6 @@ def _misses(equation: sympy.Eq, symbol: sympy.Symbol, solution: sympy.Expr, poin
 
 
 _parse_exactly, PSParser.math = PSParser.math, _parse_by_kinds
-_parse_number_exactly, _Latex2Sympy.parse_number = _Latex2Sympy.parse_number, _whole_at_once
+_parse_number_exactly, _Latex2Sympy.parse_number = _Latex2Sympy.parse_number, _parse_number
 _simplified_equal_exactly, grader.sympy_symbolic_eq = grader.sympy_symbolic_eq, _simplified_equal
 _solved_equal_exactly, grader.sympy_solve_and_compare = grader.sympy_solve_and_compare, _solved_equal

@@ -1,4 +1,4 @@
-"""Math rewards: what is taken for the answer, what is right, and why not."""
+"""Math rewards: equality with the gold answer, reasons, batches, and the benchmark files."""
 
 import random
 import re
@@ -12,12 +12,11 @@ from math_verify import verify
 
 from rspo_jax.data.examples import Example
 from rspo_jax.rewards.base import score_completions
-from rspo_jax.rewards.math import equivalence, shortcuts  # noqa: F401  it makes math-verify fast
+from rspo_jax.rewards.math import equivalence, shortcuts  # noqa: F401  makes math-verify fast
 from rspo_jax.rewards.math.equivalence import _PREPARATIONS, _parse, compare
 from rspo_jax.rewards.math.reward import MathReward, MathVerdict, Reason, gold_answers
 from rspo_jax.rewards.table import make_reward
 from rspo_jax.rewards.worker_pool import Outcome
-from rspo_jax.tasks.answers import FORMS, extract_answer
 from tests.support import math_cases
 from tests.support.math_cases import PREPARED, STRICTER, Gold, plain
 from tests.support.paths import DOCS
@@ -27,122 +26,34 @@ HANGS = r"\boxed{9^{9^{9^{9}}}}"
 
 @pytest.fixture(scope="module")
 def reward():
-  with MathReward(workers=1, timeout=5.0) as made:
-    yield made
+  with MathReward(workers=1, timeout=5.0) as math_reward:
+    yield math_reward
 
 
-# What is taken for the answer
-
-
-@pytest.mark.parametrize(
-  ("text", "answer", "form"),
-  [
-    ("", None, "none"),
-    ("I do not know", None, "none"),
-    (r"\boxed{5} and then \boxed{6}, not 7.", "6", "boxed"),
-    (r"\boxed{ \frac{1}{2} } #### 3", r"\frac{1}{2}", "boxed"),
-    (r"\fbox {7}", "7", "boxed"),
-    (r"\boxed{\fbox{8}}", "8", "boxed"),
-    (r"\boxed{\left\{1,2\right.}", r"\left\{1,2\right.", "boxed"),
-    (r"}} \boxed{3} {{ \boxed{4", "3", "boxed"),
-    (r"\boxed{a} \boxed{}", "a", "boxed"),
-    (r"\boxed{} so 9", "9", "number"),
-    (r"\unboxed{5}", "5", "number"),
-    ("#### 4\n#### 5 \n6", "5", "####"),
-    ("####\n\n 5", "5", "####"),
-    ("#### \nno", "no", "####"),
-    ("5 ####", "5", "number"),
-    ("It costs $1,234.50.", "1,234.50", "number"),
-    ("It is -4.", "-4", "number"),
-    ("It is −4.", "−4", "number"),
-    ("10-5", "5", "number"),
-    ("15 cm^2 of a_1 and x2", "15", "number"),
-    ("10^3", None, "none"),
-    (r"90^\circ", "90", "number"),
-    ("50 %", "50 %", "number"),
-    (r"12\,345 or 1{,}000", "1{,}000", "number"),
-    ("4.5e-12", "4.5e-12", "number"),
-    ("3/4", "3/4", "number"),
-    ("1 3/4 hours", "1 3/4", "number"),
-    (r"-\dfrac{3}{4}", r"-\dfrac{3}{4}", "number"),
-    (r"1\frac{3}{4}", r"1\frac{3}{4}", "number"),
-    (".5", ".5", "number"),
-  ],
-)
-def test_the_answer_is_the_last_box_else_the_last_hashes_else_the_last_number(text, answer, form):
-  assert extract_answer(text) == (answer, form)
-
-
-PIECES = st.sampled_from([*r"\{}#0159.,-+/^_ ax%$" + "\n", r"\boxed{", r"\fbox{", "####", r"\frac{", r"\{", r"\}"])
-
-
-@given(st.lists(PIECES, max_size=40).map("".join))
-def test_any_text_has_at_most_one_answer_and_it_stands_in_the_text(text):
-  answer, form = extract_answer(text)
-  assert (answer is None) == (form == "none")
-  assert answer is None or (answer in text and answer == answer.strip() != "")
-
-
-BALANCED = st.recursive(
-  st.text(alphabet=r"0159.,-+/^_ ax%$#", max_size=5) | st.sampled_from([r"\{", r"\}", r"\\", r"\frac"]),
-  lambda inner: st.lists(inner, max_size=3).map("".join) | inner.map(lambda text: f"{{{text}}}"),
-  max_leaves=6,
-)
-
-
-@given(BALANCED, st.text(max_size=20), st.text(alphabet="xyz 0159#$\n", max_size=20))
-def test_what_balances_in_a_box_comes_out_whole(inside, before, after):
-  text = rf"{before} \boxed{{{inside}}} {after}"
-  if inside.strip() and "\\" not in before[-1:]:
-    assert extract_answer(text) == (inside.strip(), "boxed")
-
-
-@given(st.integers(-(10**9), 10**9), st.sampled_from(["It is {}.", "= {}", "{} dollars", "**{}**", "(a) {}\n", "${}$"]))
-def test_the_last_number_keeps_sign_and_thousands(number, sentence):
-  for written in (str(number), f"{number:,}"):
-    assert extract_answer("First 17, then " + sentence.format(written)) == (written, "number")
-
-
-def test_only_forms_that_count_are_looked_at():
-  text = r"\boxed{1} #### 2"
-  assert [extract_answer(text, [form]).answer for form in FORMS] == ["1", "2", "2"]
-  assert extract_answer("3", ["boxed", "####"]) == (None, "none")
-
-
-@pytest.mark.parametrize("piece", [r"\boxed{", "{", "1,000", r"\frac{1}", "1/", "#", r"1\,", "-"])
-def test_extraction_takes_time_linear_in_the_text(piece):
-  def seconds(times):
-    begin = time.process_time()
-    extract_answer(piece * times)
-    return time.process_time() - begin
-
-  assert min(seconds(16_000) for _ in range(3)) < 64 * max(min(seconds(2_000) for _ in range(3)), 1e-4)
-
-
-# What is right
+# Equality
 
 
 @pytest.mark.parametrize(("gold", "answer"), PREPARED)
-def test_what_math_verify_alone_cannot_read_is_prepared_for_it(gold, answer):
+def test_notations_that_math_verify_cannot_read_are_prepared_for_it(gold, answer):
   assert compare((gold, answer)) == "right"
 
 
 @pytest.mark.parametrize(("gold", "answer"), STRICTER)
-def test_what_math_verify_takes_for_equal_by_mistake_is_not_right(gold, answer):
+def test_different_answers_that_math_verify_equates_are_incorrect(gold, answer):
   assert verify(plain(gold), plain(answer))
   assert compare((gold, answer)) in ("wrong", "unparsed")
   assert compare((gold, gold)) == "right"
 
 
-@pytest.mark.parametrize("place", range(len(_PREPARATIONS)))
-def test_no_preparation_is_idle(monkeypatch, place):
+@pytest.mark.parametrize("index", range(len(_PREPARATIONS)))
+def test_every_preparation_is_necessary(monkeypatch, index):
   steps = list(_PREPARATIONS)
-  pattern, _ = steps.pop(place)
+  pattern, _ = steps.pop(index)
   monkeypatch.setattr(equivalence, "_PREPARATIONS", steps)
   monkeypatch.setattr(equivalence, "_parse_gold", _parse)
   changed = [compare(pair) != "right" for pair in PREPARED]
   changed += [compare(pair) == "right" for pair in STRICTER]
-  assert any(changed), f"nothing needs {pattern.pattern}"
+  assert any(changed), f"no case needs {pattern.pattern}"
 
 
 WHOLE = st.integers(-3000, 3000)
@@ -162,14 +73,14 @@ NUMBERS = st.one_of(
 
 @settings(max_examples=60, deadline=None)
 @given(NUMBERS, NUMBERS, st.integers(1, 5))
-def test_numbers_are_judged_as_math_verify_judges_them(gold, other, times):
+def test_numbers_are_compared_as_math_verify_compares_them(gold, other, times):
   same = re.sub(r"(\d+)(\D+)(\d+)(?=\}?$)", lambda m: f"{times * int(m[1])}{m[2]}{times * int(m[3])}", gold)
   for answer in (gold, other, same if "/" in gold or "frac" in gold else gold + ".0" * ("." not in gold)):
     assert (compare((gold, answer)) == "right") == verify(plain(gold), plain(answer))
 
 
 @pytest.mark.parametrize(
-  ("gold", "answer", "found"),
+  ("gold", "answer", "equality"),
   [
     ("5", "", "unparsed"),
     ("", "", "unparsed"),
@@ -185,14 +96,14 @@ def test_numbers_are_judged_as_math_verify_judges_them(gold, other, times):
     ("5", "9" * 5000, "unparsed"),
   ],
 )
-def test_what_cannot_be_read_is_unparsed_unless_it_is_the_same_text(gold, answer, found):
-  assert compare((gold, answer)) == found
+def test_unreadable_answers_are_unparsed_unless_they_are_the_same_text(gold, answer, equality):
+  assert compare((gold, answer)) == equality
 
 
 # Batches
 
 
-def test_every_reason_is_given_and_a_hanging_answer_costs_only_itself():
+def test_every_reason_occurs_and_a_hanging_answer_affects_no_other():
   texts = [r"\boxed{5}", r"\boxed{6}", "none", r"\boxed{\frac{5}{}}", HANGS, "#### 5", "It is 5.", "It is 6."]
   with MathReward(workers=2, timeout=2.0, format_reward=0.25) as reward:
     begin = time.monotonic()
@@ -205,19 +116,21 @@ def test_every_reason_is_given_and_a_hanging_answer_costs_only_itself():
 
 
 @pytest.mark.parametrize("outcome", [Outcome("died", "exit status -9"), Outcome("error", "MemoryError")])
-def test_an_answer_that_raises_or_ends_its_worker_has_failed(reward, monkeypatch, outcome):
+def test_an_answer_that_raises_or_ends_its_worker_is_failed(reward, monkeypatch, outcome):
   monkeypatch.setattr(reward._pool, "map", lambda pairs: [outcome] * len(pairs))
   assert reward.verdicts(["5"], ["5"]) == [MathVerdict(False, "failed", "number", "5")]
 
 
-def test_equal_answers_to_equal_gold_answers_are_judged_once(reward, monkeypatch):
-  judged = []
-  monkeypatch.setattr(reward._pool, "map", lambda pairs: judged.extend(pairs) or [Outcome("ok", "right")] * len(pairs))
+def test_equal_pairs_of_gold_answer_and_answer_are_compared_once(reward, monkeypatch):
+  compared = []
+  monkeypatch.setattr(
+    reward._pool, "map", lambda pairs: compared.extend(pairs) or [Outcome("ok", "right")] * len(pairs)
+  )
   assert all(verdict.success for verdict in reward.verdicts(["5", r"\boxed{5}", "5", "6"], ["5", "5", "7", "7"]))
-  assert judged == [("5", "5"), ("7", "5"), ("7", "6")]
+  assert compared == [("5", "5"), ("7", "5"), ("7", "6")]
 
 
-def test_any_alternative_is_right_and_all_parts_are_wanted(reward):
+def test_any_alternative_is_correct_and_all_parts_are_required(reward):
   golds = [["7", r"\frac{1}{2}"], [["1", "2"], "3"], ("3",)]
   texts = [r"\boxed{0.5}", r"\boxed{2, 1}", r"\boxed{1}"]
   assert [verdict.reason for verdict in reward.verdicts(texts, golds)] == ["right", "right", "wrong"]
@@ -229,11 +142,11 @@ def test_a_gold_answer_of_another_kind_is_refused(gold):
     gold_answers(gold)
 
 
-def test_a_single_completion_is_judged_as_in_a_batch(reward):
+def test_a_single_completion_is_scored_as_in_a_batch(reward):
   assert reward(r"\boxed{\dfrac{1}{2}}", Example("x", "0.5")) == (1.0, True, True, "right", r"\dfrac{1}{2}")
 
 
-def test_the_table_of_rewards_makes_it_with_its_settings():
+def test_math_reward_is_built_by_name_with_its_options():
   with make_reward("math", workers=1, forms=("boxed",)) as reward:
     assert reward("5", Example("x", "5")) == (0.0, False, False, "no answer", "")
 
@@ -241,14 +154,14 @@ def test_the_table_of_rewards_makes_it_with_its_settings():
 @pytest.mark.parametrize(
   ("setting", "message"),
   [
-    ({"format_reward": 1.0}, "less than a right answer"),
+    ({"format_reward": 1.0}, "less than a correct answer"),
     ({"forms": ()}, "want one or more of boxed"),
     ({"forms": ("box",)}, "want one or more of boxed"),
     ({"timeout": 0.0}, "timeout is 0"),
     ({"workers": 0}, "workers is 0"),
   ],
 )
-def test_impossible_settings_are_refused(setting, message):
+def test_settings_out_of_range_are_refused(setting, message):
   with pytest.raises(ValueError, match=message):
     MathReward(**setting)
 
@@ -258,7 +171,7 @@ def test_the_document_lists_every_reason():
   assert re.findall(r"^\| `([\w ]+)` \|", text, re.MULTILINE) == list(typing.get_args(Reason))
 
 
-# The witness
+# Benchmark files
 
 
 OF_ALL_KINDS = (
@@ -282,21 +195,26 @@ OF_ALL_KINDS = (
 )
 
 
-def judged(reward, golds):
-  """The completions that are judged other than they should be, and how many of each kind there are."""
-  right = [(gold.answer, name, text) for gold in golds for name, text in math_cases.right(gold).items()]
-  wrong = [(gold.answer, name, text) for gold in golds for name, text in math_cases.wrong(gold).items()]
-  verdicts = reward.verdicts([text for *_, text in right + wrong], [gold for gold, *_ in right + wrong])
-  missed = [(*case, verdict.reason) for case, verdict in zip(right, verdicts, strict=False) if not verdict.success]
-  taken = [case for case, verdict in zip(wrong, verdicts[len(right) :], strict=True) if verdict.success]
-  return missed, taken, len(right), len(wrong)
+def errors(reward, golds):
+  """Compares verdicts with the labels of the cases.
+
+  Returns:
+    (rejected, accepted, number of correct completions, number of incorrect ones): correct completions that are rejected
+    and incorrect ones that are accepted, each with its gold answer and the name of its case.
+  """
+  correct = [(gold.answer, name, text) for gold in golds for name, text in math_cases.correct(gold).items()]
+  incorrect = [(gold.answer, name, text) for gold in golds for name, text in math_cases.incorrect(gold).items()]
+  verdicts = reward.verdicts([text for *_, text in correct + incorrect], [gold for gold, *_ in correct + incorrect])
+  rejected = [(*case, verdict.reason) for case, verdict in zip(correct, verdicts, strict=False) if not verdict.success]
+  accepted = [case for case, verdict in zip(incorrect, verdicts[len(correct) :], strict=True) if verdict.success]
+  return rejected, accepted, len(correct), len(incorrect)
 
 
-def test_gold_answers_of_all_kinds_are_right_in_every_dressing_and_their_wrong_variants_are_not(reward):
+def test_gold_answers_of_all_kinds_are_correct_in_every_notation_and_their_variants_are_incorrect(reward):
   golds = [Gold(answer, re.sub(r"(?<!\\)\$", "", answer), "") for answer in OF_ALL_KINDS]
-  missed, taken, rights, wrongs = judged(reward, golds)
-  assert (missed, taken) == ([], [])
-  assert rights > 20 * len(golds) / 2 and wrongs > 5 * len(golds)
+  rejected, accepted, corrects, incorrects = errors(reward, golds)
+  assert (rejected, accepted) == ([], [])
+  assert corrects > 20 * len(golds) / 2 and incorrects > 5 * len(golds)
 
 
 def _golds(name):
@@ -307,18 +225,18 @@ def _golds(name):
 
 
 @pytest.mark.parametrize("name", math_cases.FILES)
-def test_some_gold_answers_of_each_file_are_right_and_their_wrong_variants_are_not(reward, name):
-  missed, taken, *_ = judged(reward, random.Random(name).sample(_golds(name), 4))
-  assert (missed, taken) == ([], [])
+def test_some_gold_answers_of_each_file_are_correct_and_their_variants_are_incorrect(reward, name):
+  rejected, accepted, *_ = errors(reward, random.Random(name).sample(_golds(name), 4))
+  assert (rejected, accepted) == ([], [])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", math_cases.FILES)
-def test_no_gold_answer_of_a_file_is_marked_wrong_and_no_wrong_variant_right(reward, name):
+def test_all_gold_answers_of_each_file_are_correct_and_their_variants_are_incorrect(reward, name):
   golds, begin = _golds(name), time.monotonic()
-  missed, taken, rights, wrongs = judged(reward, golds)
+  rejected, accepted, corrects, incorrects = errors(reward, golds)
   print(
-    f"{name}: {len(golds)} gold answers, {rights - len(missed):,} of {rights:,} right; of {wrongs:,} wrong variants "
-    f"{len(taken)} taken for right; {time.monotonic() - begin:.0f} s"
+    f"{name}: {len(golds)} gold answers; of {corrects:,} correct completions {corrects - len(rejected):,} accepted, of "
+    f"{incorrects:,} incorrect ones {len(accepted):,}; {time.monotonic() - begin:.0f} s"
   )
-  assert (missed, taken) == ([], [])
+  assert (rejected, accepted) == ([], [])

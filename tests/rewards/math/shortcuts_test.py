@@ -1,4 +1,4 @@
-"""Short cuts against math-verify without them: what it reads, and what it finds equal."""
+"""math-verify with the short cuts against math-verify without them: parsing and equality."""
 
 import pytest
 import sympy
@@ -24,8 +24,8 @@ from tests.support.math_cases import PREPARED, STRICTER, plain
 WRITTEN = [gold for pair in PREPARED + STRICTER for gold in pair]
 
 
-def unhurried(monkeypatch):
-  """Puts back what the short cuts replace."""
+def restore(monkeypatch):
+  """Restores the functions that the short cuts replace."""
   monkeypatch.setattr(PSParser, "math", _parse_exactly)
   monkeypatch.setattr(_Latex2Sympy, "parse_number", _parse_number_exactly)
   monkeypatch.setattr(grader, "sympy_symbolic_eq", _simplified_equal_exactly)
@@ -49,14 +49,14 @@ OF_SETS = [r"\{1,2\}", "2 < x \\le 3", r"[1,2) \cup (3,\infty)", "007", "1,000",
 
 
 @pytest.mark.parametrize("answers", [[text] for text in WRITTEN + UNREADABLE + SUB_AND_SUPER + OF_SETS] + [SAME_KINDS])
-def test_short_cuts_read_what_math_verify_reads(monkeypatch, answers):
+def test_short_cuts_parse_as_math_verify_does(monkeypatch, answers):
   prepared = [prepare(answer) for answer in answers]
   fast = [[sympy.srepr(part) for part in plain(answer)] for answer in prepared]
-  unhurried(monkeypatch)
+  restore(monkeypatch)
   assert [[sympy.srepr(part) for part in plain(answer)] for answer in prepared] == fast
 
 
-EQUAL = [  # no point may tell them apart
+EQUAL = [  # equal at every point
   (r"\sin^2 x+\cos^2 x", "1"),
   (r"\sqrt{x^2}", "|x|"),
   (r"\frac{x^2-1}{x-1}", "x+1"),
@@ -86,7 +86,7 @@ EQUAL = [  # no point may tell them apart
   ("xy=0", "2xy=0"),
   (r"m \dot{v}+bv=f", r"f=bv+m \dot{v}"),
 ]
-UNEQUAL = [  # a point tells them apart
+UNEQUAL = [  # different at some point
   ("x^2+1", "x^2+2"),
   (r"\frac{1}{2}mv^2", "mv^2"),
   (r"e^{-t}\cos(\omega t)", r"e^{-t}\sin(\omega t)"),
@@ -102,7 +102,7 @@ UNEQUAL = [  # a point tells them apart
   ("f(x)=2x", "f(x)=3x"),
   (r"m \dot{v}+bv=f", r"m \dot{v}+2bv=f"),
 ]
-NO_SHORT_CUT = [  # and math-verify finds them unequal
+NO_SHORT_CUT = [  # unequal by math-verify alone
   ("0.1x+0.2x", "0.3x"),
   ("abc+1", r"\text{abc}+1"),
   ("50\\%+x", "x+50"),
@@ -113,23 +113,23 @@ NO_SHORT_CUT = [  # and math-verify finds them unequal
 
 
 @pytest.mark.parametrize(("gold", "answer"), EQUAL + UNEQUAL + NO_SHORT_CUT)
-def test_short_cuts_find_equal_what_math_verify_finds_equal(monkeypatch, gold, answer):
+def test_short_cuts_equate_the_same_pairs_as_math_verify(monkeypatch, gold, answer):
   pairs = [(gold, answer), (answer, gold), (f"(1, {gold})", f"(1, {answer})")]
   fast = [verify(plain(one), plain(other)) for one, other in pairs]
-  unhurried(monkeypatch)
+  restore(monkeypatch)
   assert [verify(plain(one), plain(other)) for one, other in pairs] == fast
   assert fast[0] == ((gold, answer) in EQUAL)
 
 
 @pytest.mark.parametrize(("gold", "answer"), UNEQUAL)
-def test_what_differs_at_a_point_is_neither_simplified_nor_solved(monkeypatch, gold, answer):
+def test_pairs_that_differ_at_a_point_are_neither_simplified_nor_solved(monkeypatch, gold, answer):
   for name in ("_simplified_equal_exactly", "_solved_equal_exactly"):
-    monkeypatch.setattr(shortcuts, name, lambda *_: pytest.fail("this takes long"))
+    monkeypatch.setattr(shortcuts, name, lambda *_: pytest.fail("slow path"))
   assert not verify(plain(gold), plain(answer))
 
 
 @pytest.mark.parametrize("scale", _SCALES)
-def test_no_point_tells_apart_what_is_equal(scale):
+def test_equal_pairs_do_not_differ_at_any_point(scale):
   for gold, answer in EQUAL:
     one, other = plain(gold)[0], plain(answer)[0]
     if isinstance(one, sympy.Eq):
