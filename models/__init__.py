@@ -2,7 +2,7 @@
 library.
 """
 
-from models.config import LoraConfig, RopeScaling, TransformerConfig
+from models.config import LoraConfig, RopeScaling, TransformerConfig, tiny_moe
 from models.policy import build_policy
 
-__all__ = ["LoraConfig", "RopeScaling", "TransformerConfig", "build_policy"]
+__all__ = ["LoraConfig", "RopeScaling", "TransformerConfig", "build_policy", "tiny_moe"]

@@ -1,6 +1,7 @@
 """What a model is made of, in the names Hugging Face's `config.json` uses."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,3 +232,23 @@ class TransformerConfig:
   @property
   def num_moe_layers(self) -> int:
     return sum(length for moe, length in self.segments if moe)
+
+
+def tiny_moe(vocab_size: int, **changes: Any) -> TransformerConfig:
+  """A Qwen3-style mixture of experts that trains on a laptop CPU: 4 layers of width 64, 8 experts, 2 of them active.
+
+  Args:
+    changes: fields of `TransformerConfig` that differ from it.
+  """
+  fields = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "rope_theta": 10_000.0,
+  }
+  return TransformerConfig(vocab_size, **{**fields, **changes})

@@ -20,25 +20,14 @@ from experiments.config import (
   WarmStartConfig,
 )
 from experiments.setup.config_flags import config_dict
-from models.config import TransformerConfig
+from models.config import tiny_moe
 
 
 def get_config():
   return config_dict(
     ExperimentConfig(
       seed=0,
-      model=TransformerConfig(
-        vocab_size=29,
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-        rope_theta=10_000.0,
-      ),
+      model=tiny_moe(29),
       data=DataConfig(
         name="knights",
         options={

@@ -23,7 +23,7 @@ from experiments.config import (
 )
 from experiments.setup.config_flags import config_dict
 from experiments.setup.model_files import read_model
-from models.config import TransformerConfig
+from models.config import tiny_moe
 
 FILES = {
   "train": "gsm8k_train.jsonl",
@@ -64,17 +64,14 @@ def checkpoint(folder: str) -> ExperimentConfig:
 def tiny() -> ExperimentConfig:
   return ExperimentConfig(
     seed=0,
-    model=TransformerConfig(
-      vocab_size=257,
+    model=tiny_moe(
+      257,
       hidden_size=32,
       num_hidden_layers=2,
       num_attention_heads=2,
       num_key_value_heads=1,
-      head_dim=16,
       num_experts=4,
-      num_experts_per_tok=2,
       moe_intermediate_size=32,
-      rope_theta=10_000.0,
     ),
     tokenizer="bytes",
     data=DataConfig(name="files", options=FILES, max_prompt_tokens=256),

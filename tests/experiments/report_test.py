@@ -24,15 +24,15 @@ from experiments.config import (
 )
 from experiments.reporting import plots
 from experiments.reporting.progress import Progress
-from models.config import TransformerConfig
+from models.config import tiny_moe
 from rspo_jax.data.examples import Example
 from rspo_jax.evaluation.completion_log import Completions
 from rspo_jax.rewards.base import Scores
 from rspo_jax.run.metrics import METRICS, MetricsWriter
 from rspo_jax.run.workdir import dump_json_atomic
 
-MODEL = TransformerConfig(
-  vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8,
+MODEL = tiny_moe(
+  8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8,
   num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8,
 )  # fmt: skip
 CONFIG = ExperimentConfig(

@@ -6,25 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.config import TransformerConfig
+from models.config import tiny_moe
 from models.policy import build_policy
 from rspo_jax.rollout.sampling import SamplingOptions, sample
 from rspo_jax.training.scoring import score
 from rspo_jax.types import TrainBatch
 
-CONFIG = TransformerConfig(
+CONFIG = tiny_moe(
   vocab_size=24,
   hidden_size=16,
   num_hidden_layers=3,
-  num_attention_heads=4,
-  num_key_value_heads=2,
   head_dim=8,
   num_experts=4,
-  num_experts_per_tok=2,
   moe_intermediate_size=16,
   intermediate_size=16,
   mlp_only_layers=(1,),
-  rope_theta=10_000.0,
 )
 
 
