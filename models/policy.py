@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from models.config import LoraConfig, TransformerConfig
 from models.layers.attention import Context, LayerCache, RMSNorm, init_layer_cache, slot_axes
+from models.layers.experts import platform_of
 from models.layers.rotary import rotary_angles
 from models.layers.transformer import Block, LayerInputs, Transformer
 from models.layers.weights import merge_lora
@@ -42,6 +43,7 @@ _FLOAT32 = re.compile("router|sinks|down_bias")
 
 def build_policy(config: TransformerConfig, layout: Layout | None = None) -> Policy:
   """The model as functions. `layout` is the mesh it runs on; None for one device (and inside `jax.pmap`)."""
+  config = dataclasses.replace(config, scan_layers=config.scans_layers(platform_of(layout)))
   transformer = functools.partial(Transformer, config, layout=layout)
 
   def init(rng: Array) -> Params:
@@ -93,6 +95,7 @@ def _add_router_bias(config: TransformerConfig, params: Params, step: Array) -> 
 def _boxed_init(config: TransformerConfig, rng: Array):
   """Parameters in flax boxes that carry the logical axis names. No mesh: shapes do not depend on it."""
   one = jnp.zeros((1, 1), jnp.int32)
+  config = dataclasses.replace(config, scan_layers=True)  # the same parameters, and fewer programs to compile
   return Transformer(config, probe=router_logits_probe).init(rng, one, one.astype(bool))["params"]
 
 

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from models.layers.experts import Experts, run_experts
+from models.layers.experts import Experts, platform_of, run_experts
 from rspo_jax.types import Array, Layout
 
 
@@ -39,10 +39,11 @@ def run_sharded_experts(
   Returns:
     [B, T, D] in x.dtype.
   """
+  run = functools.partial(run_experts, swiglu_limit=swiglu_limit, backend=backend, platform=platform_of(layout))
 
   def run_flat(x, expert_index, gate, weights):
     flat = [array.reshape(-1, array.shape[-1]) for array in (x, expert_index, gate)]
-    return run_experts(*flat, weights, swiglu_limit=swiglu_limit, backend=backend).reshape(x.shape)
+    return run(*flat, weights).reshape(x.shape)
 
   if layout is None:
     return run_flat(x, expert_index, gate, weights)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from models.layers.experts_blocks import Experts, order_by_expert, run_blocks, swiglu
+from rspo_jax.types import Layout
 
 # (pairs per expert, rows of a block): a block has this many rows while an expert gets fewer pairs than that on
 # average. One core of a Zen 5, float32, width 256 and 16 experts of 128; time against the best of 4..256 rows: 8 pairs
@@ -20,7 +21,7 @@ GATHERED_PAIRS = 1 / 3
 BACKENDS = ("auto", "dense", "ragged", "blocks", "gathered")
 
 
-def run_experts(x, expert_index, gate, weights, *, swiglu_limit=None, backend="auto"):
+def run_experts(x, expert_index, gate, weights, *, swiglu_limit=None, backend="auto", platform=None):
   """y_n = sum_k gate[n, k] * swiglu(x_n @ w_gate[e], x_n @ w_up[e]) @ w_down[e], e = expert_index[n, k].
 
   Every backend gives the same numbers; products are accumulated and combined in float32. Differentiable (reverse
@@ -38,6 +39,7 @@ def run_experts(x, expert_index, gate, weights, *, swiglu_limit=None, backend="a
       "blocks" loops over blocks of one expert's tokens, "gathered" gives every pair a copy of its expert. "auto": on
       CPU blocks, of one row each for few pairs, so that only the experts in use are read; elsewhere gathered for few
       pairs (`GATHERED_PAIRS`), else ragged.
+    platform: of JAX, that "auto" chooses for; None: that of the default device.
   Returns:
     [N, D] in x.dtype.
   Raises:
@@ -46,13 +48,24 @@ def run_experts(x, expert_index, gate, weights, *, swiglu_limit=None, backend="a
   weights = Experts(*weights)
   _check(x, expert_index, gate, weights, backend)
   if backend == "auto":
-    backend = choose_backend(jax.default_backend(), expert_index.size, weights.gate.shape[0])
+    backend = choose_backend(platform or platform_of(None), expert_index.size, weights.gate.shape[0])
   if backend == "blocks":
     rows = block_rows(expert_index.size, weights.gate.shape[0])
     return run_blocks(x, expert_index, gate, weights, rows, swiglu_limit)
   weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
   run = {"dense": _dense, "ragged": _ragged, "gathered": _gathered}[backend]
   return run(x, expert_index, gate, weights, swiglu_limit)
+
+
+def platform_of(layout: Layout | None) -> str:
+  """The platform of the mesh's devices, such as "cpu" or "gpu"; of the default device without a layout.
+
+  A mesh may hold devices of a machine that is not there, for which a program is only compiled.
+  """
+  if layout is not None:
+    return layout.mesh.devices.flat[0].platform
+  device = jax.config.jax_default_device or jax.devices()[0]
+  return device if isinstance(device, str) else device.platform
 
 
 def choose_backend(platform, pairs, num_experts):

@@ -74,7 +74,8 @@ class Transformer(nn.Module):
     distance = slots[:, None] - slots if c.sliding_layers else None
     context = Context(cos, sin, mask, valid, distance)
 
-    block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+    # In a loop XLA cannot merge the recomputation with the forward pass; unrolled layers need a barrier against it.
+    block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
     seen, layer, first = [], 0, 0
     for number, (is_moe, depth) in enumerate(c.segments):
       inputs = LayerInputs()

@@ -185,6 +185,9 @@ def test_auto_takes_the_blocks_on_cpu():
 
 
 def test_elsewhere_auto_gathers_experts_for_few_pairs_and_groups_many():
+  arrays = layer(*ROUTINGS["some outside"])
+  text = jax.jit(partial(run_experts, platform="gpu")).lower(*arrays).as_text()
+  assert text == jax.jit(partial(run_experts, backend="ragged")).lower(*arrays).as_text()
   for platform in ("gpu", "tpu"):
     assert [choose_backend(platform, pairs, 128) for pairs in (8, 42, 43, 1024)] == [*["gathered"] * 2, *["ragged"] * 2]
   assert {choose_backend("cpu", pairs, 128) for pairs in (8, 1024)} == {"blocks"}

@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from models.config import TransformerConfig
+from models.layers.experts import platform_of
 from models.policy import build_policy
 from rspo_jax import mesh
 from rspo_jax.types import Layout, Replay
@@ -150,6 +152,49 @@ def test_later_tokens_change_no_earlier_position():
   expected, _ = outputs(policy, params, tokens, valid)
   other, _ = outputs(policy, params, tokens.at[:, -1].set(3), valid)
   np.testing.assert_allclose(other[:, :-1], expected[:, :-1], atol=1e-6)
+
+
+def test_layers_are_unrolled_by_default_where_that_is_faster():
+  config = dataclasses.replace(tiny.CONFIG, scan_layers=None)
+  assert not config.scans_layers("cpu")
+  assert config.scans_layers("gpu") and config.scans_layers("tpu")
+  assert not dataclasses.replace(config, num_hidden_layers=8).scans_layers("cpu")
+  assert dataclasses.replace(config, num_hidden_layers=9).scans_layers("cpu")
+  assert dataclasses.replace(config, remat=True).scans_layers("cpu")
+  for given in (True, False):
+    chosen = dataclasses.replace(config, scan_layers=given)
+    assert chosen.scans_layers("cpu") == chosen.scans_layers("gpu") == given
+
+
+def test_the_platform_is_that_of_the_devices_of_the_mesh(monkeypatch):
+  devices = np.array([[types.SimpleNamespace(platform="gpu")]])
+  assert platform_of(Layout(types.SimpleNamespace(devices=devices), mesh.RULES)) == "gpu"
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert platform_of(mesh.make_layout()) == platform_of(None) == "cpu"
+
+
+def test_auto_on_cpus_means_unrolled_layers_and_blocks():
+  config = dataclasses.replace(tiny.CONFIG, mlp_only_layers=(), scan_layers=None)
+  params = jax.eval_shape(build_policy(config).init, jax.random.key(0))
+  tokens, valid = tiny.prompts()
+
+  def program(**changes):
+    policy = build_policy(dataclasses.replace(config, **changes))
+    return str(jax.make_jaxpr(policy.forward)(params, tokens, valid))
+
+  assert program() == program(scan_layers=False, expert_backend="blocks")
+  assert program() != program(scan_layers=True)
+  assert program() != program(expert_backend="ragged")
+
+
+def test_scanned_and_unrolled_layers_have_the_same_parameters():
+  config = dataclasses.replace(tiny.CONFIG, num_hidden_layers=4)
+  chosen, scanned, unrolled = (
+    jax.jit(build_policy(dataclasses.replace(config, scan_layers=scan)).init)(jax.random.key(0))
+    for scan in (None, True, False)
+  )
+  jax.tree.map(np.testing.assert_array_equal, chosen, scanned)
+  jax.tree.map(np.testing.assert_array_equal, unrolled, scanned)
 
 
 def test_logical_axes_name_every_axis_of_every_parameter():

@@ -8,6 +8,7 @@ SETTINGS = {
   "model.num_hidden_layers": 2,
   "model.num_experts": 4,
   "model.moe_intermediate_size": 16,
+  "model.scan_layers": True,  # compiles in less time
   "data.options.train": 200,
   "data.options.test": 20,
   "warm_start.steps": 4,

@@ -21,6 +21,7 @@ CONFIG = tiny_moe(
   moe_intermediate_size=16,
   intermediate_size=16,
   mlp_only_layers=(1,),
+  scan_layers=True,  # compiles in less time
 )
 
 
