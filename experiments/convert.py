@@ -28,7 +28,7 @@ from experiments.reporting.progress import table
 from experiments.setup.model_files import Model, kind_of, load_model, read_base, read_model, save_orbax, saved_dtype
 from models import lora
 from models.config import TransformerConfig
-from models.huggingface.adapter import adapter_config, load_adapter, save_adapter
+from models.huggingface.adapter import load_adapter, read_adapter_config, save_adapter
 from models.huggingface.checkpoint import DTYPES, TensorFiles, save_pretrained
 from models.huggingface.known_configs import PUBLISHED, known_config
 from models.huggingface.quantized import Dequantized
@@ -161,7 +161,7 @@ def _upcycled(args: argparse.Namespace) -> Callable[[Model], Model]:
 
 def _with_adapter(folder: str) -> Callable[[Model], Model]:
   def change(model: Model) -> Model:
-    config = dataclasses.replace(model.config, lora=adapter_config(folder, model.config))
+    config = dataclasses.replace(model.config, lora=read_adapter_config(folder, model.config))
     return Model(config, load_adapter(folder, config, model.params))
 
   return change

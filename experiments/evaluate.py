@@ -29,11 +29,11 @@ from experiments.setup.command_line import run_app
 from experiments.setup.config_flags import read_config
 from experiments.setup.data import make_tokenizer
 from experiments.setup.model_files import FREE_FIELDS, find_step, kind_of, load_model, read_model, saved_dtype
-from models.huggingface.checkpoint import read_json
-from models.huggingface.config_json import refuse
+from models.huggingface.config_json import raise_problems
 from rspo_jax.evaluation import summary
 from rspo_jax.evaluation.completion_log import CompletionLog, Completions, completions_of, digest, read_lines
 from rspo_jax.evaluation.summary import describe, estimates, note, table_rows, write_up
+from rspo_jax.files import read_json
 from rspo_jax.rewards.base import close
 from rspo_jax.run.fingerprints import fingerprints
 from rspo_jax.run.workdir import claim_workdir, dump_json_atomic, lock_workdir, write_text_atomic
@@ -73,7 +73,7 @@ def complete_config(given: ml_collections.ConfigDict, checkpoint: str | Path) ->
     for key in wanted
     if key not in FREE_FIELDS and getattr(config.model, key) != getattr(found, key)
   ]
-  refuse(f"{checkpoint} is another model than config.model", differing, "Leave these keys of config.model out.")
+  raise_problems(f"{checkpoint} is another model than config.model", differing, "Leave these keys of config.model out.")
   tokens = make_tokenizer(config.tokenizer, config.data.name).vocab_size
   if tokens > found.vocab_size:
     raise ValueError(

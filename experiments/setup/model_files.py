@@ -17,10 +17,11 @@ from experiments.setup.optimizer import make_optimizer, rl_optimizer, untrained_
 from models import lora
 from models.config import TransformerConfig
 from models.huggingface import checkpoint
-from models.huggingface.checkpoint import load_pretrained, read_json, source_dtype
-from models.huggingface.config_json import refuse
+from models.huggingface.checkpoint import load_pretrained, source_dtype
+from models.huggingface.config_json import raise_problems
 from models.policy import build_policy
 from rspo_jax import mesh
+from rspo_jax.files import read_json
 from rspo_jax.run import host_state
 from rspo_jax.run.checkpoint import Checkpoints
 from rspo_jax.run.host_state import unbundle
@@ -145,7 +146,9 @@ def initial_state(parts: Components, optimizer: optax.GradientTransformation) ->
     for field in dataclasses.fields(found)
     if field.name not in FREE_FIELDS and getattr(config.model, field.name) != getattr(found, field.name)
   ]
-  refuse(f"{config.pretrained} is another model than config.model", differing, "Use configs/pretrained.py with it.")
+  raise_problems(
+    f"{config.pretrained} is another model than config.model", differing, "Use configs/pretrained.py with it."
+  )
   # Parameters are trained in float32, whatever they were kept in.
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), load_model(config.pretrained, layout).params)
   if config.model.lora.rank and not found.lora.rank:

@@ -10,7 +10,8 @@ import jax
 
 from experiments.config import ExperimentConfig
 from models import lora
-from models.huggingface.checkpoint import read_json, save_pretrained
+from models.huggingface.checkpoint import save_pretrained
+from rspo_jax.files import read_json
 from rspo_jax.rollout.remote_engine import Client, RemoteEngine, update_sglang, update_vllm, when_changed
 from rspo_jax.rollout.sampling import SamplingOptions
 from rspo_jax.types import Params, Policy

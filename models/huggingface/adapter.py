@@ -10,10 +10,11 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from models.config import LoraConfig, TransformerConfig
-from models.huggingface.checkpoint import TensorFiles, read_json
-from models.huggingface.config_json import refuse
+from models.huggingface.checkpoint import TensorFiles
+from models.huggingface.config_json import raise_problems
 from models.huggingface.tensor_map import ArrayPath, Slot, tensor_map, to_host
 from models.policy import param_shapes
+from rspo_jax.files import read_json
 from rspo_jax.types import Params
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -91,7 +92,7 @@ def load_adapter(folder: str | Path, config: TransformerConfig, params: Params) 
       if key in tensors:
         array = arrays.setdefault(path, np.empty(shapes[path].shape, np.float32))
         array[slot.index] = tensors[key].T.reshape(array[slot.index].shape)
-  refuse(
+  raise_problems(
     f"the adapter in {folder} does not fit the configuration",
     [f"{key}: missing" for key in sorted(wanted) if key not in tensors]
     + [f"{key}: not a target" for key in tensors if key not in wanted],
@@ -100,7 +101,7 @@ def load_adapter(folder: str | Path, config: TransformerConfig, params: Params) 
   return traverse_util.unflatten_dict({**flat, **{path: jnp.asarray(array) for path, array in arrays.items()}})
 
 
-def adapter_config(folder: str | Path, config: TransformerConfig) -> LoraConfig:
+def read_adapter_config(folder: str | Path, config: TransformerConfig) -> LoraConfig:
   """Rank, alpha and targets of an adapter in PEFT's layout, for this base model.
 
   Raises:
@@ -109,11 +110,11 @@ def adapter_config(folder: str | Path, config: TransformerConfig) -> LoraConfig:
   path = Path(folder) / SETTINGS
   settings = read_json(path)
   strange = [key for key in _UNKNOWN if settings.get(key)]
-  refuse(f"{path} has settings that are not known here", strange, "Merge this adapter with PEFT instead.")
+  raise_problems(f"{path} has settings that are not known here", strange, "Merge this adapter with PEFT instead.")
   slots = tensor_map(dataclasses.replace(config, lora=LoraConfig()))
   modules = sorted({name.split(".lora_")[0].removeprefix(_PREFIX) for name in TensorFiles(folder)})
   absent = [module for module in modules if f"{module}.weight" not in slots]
-  refuse(f"the adapter in {folder} is of another model; unknown modules", absent, "Name its own base model.")
+  raise_problems(f"the adapter in {folder} is of another model; unknown modules", absent, "Name its own base model.")
   paths = sorted({"/".join(slots[f"{module}.weight"][0].path) for module in modules})
   return LoraConfig(settings["r"], float(settings["lora_alpha"]), tuple(f"^{path}$" for path in paths))
 

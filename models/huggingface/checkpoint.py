@@ -20,6 +20,7 @@ from models.huggingface.config_json import config_from_hf, config_to_hf
 from models.huggingface.quantized import Dequantized
 from models.huggingface.tensor_map import ArrayPath, by_array, params_from_hf, tensor_map, tensors_of
 from models.policy import build_policy
+from rspo_jax.files import read_json
 from rspo_jax.types import Layout, Params
 
 INDEX = "model.safetensors.index.json"
@@ -97,19 +98,6 @@ def _weight_map(folder: Path) -> dict[str, str]:
     raise ValueError(f"{folder} holds {len(files)} safetensors files but no {INDEX}; download the index too.")
   file = SINGLE if SINGLE in files else files[0]
   return {name: file for name in open_safetensors(folder / file).keys()}  # noqa: SIM118, a handle is no mapping
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """A file's JSON object; ValueError names the file and the place."""
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise ValueError(f"{path} is absent; a checkpoint's folder has one.") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is not JSON ({error}); download that file again.") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path} holds a {type(value).__name__}, want an object.")
-  return value
 
 
 def read_config(folder: str | Path, **ours: Any) -> TransformerConfig:

@@ -36,7 +36,7 @@ def config_from_hf(hf: Mapping[str, Any], **ours: Any) -> TransformerConfig:
   dtype = str(either(hf, "dtype", "torch_dtype", "float32", problems)).removeprefix("torch.")
   # A float16 checkpoint loads (parameters become float32), but to compute in its range is no option.
   fields["dtype"] = "float32" if dtype == "float16" else dtype
-  refuse("this configuration cannot be run", problems, "Use a checkpoint without these settings.")
+  raise_problems("this configuration cannot be run", problems, "Use a checkpoint without these settings.")
   return TransformerConfig(**{**fields, **ours})
 
 
@@ -59,11 +59,11 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
     for field in dataclasses.fields(config)
     if getattr(config, field.name) != getattr(back, field.name)
   ]
-  refuse(f"{config.model_type} checkpoints cannot say this", lost, "Change these fields, or model_type.")
+  raise_problems(f"{config.model_type} checkpoints cannot say this", lost, "Change these fields, or model_type.")
   return hf
 
 
-def refuse(what: str, problems: Sequence[str], cure: str, shown: int = 20) -> None:
+def raise_problems(what: str, problems: Sequence[str], cure: str, shown: int = 20) -> None:
   """ValueError with every problem on a line of its own, if there are any."""
   if problems:
     more = [f"... and {len(problems) - shown} more"] if len(problems) > shown else []

@@ -15,7 +15,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from models.config import TransformerConfig
-from models.huggingface.config_json import refuse
+from models.huggingface.config_json import raise_problems
 from models.huggingface.families import FAMILIES, Names
 from rspo_jax.types import Array, Params
 
@@ -250,7 +250,7 @@ def check_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, ...
     cure = "These are transformers' fused in-memory names; save_pretrained writes the per-expert ones wanted here."
   elif len(problems) == 1 and problems[0].startswith("lm_head.weight: missing"):
     cure = "Is the head tied to the embedding? Then set tie_word_embeddings to true in config.json."
-  refuse("the checkpoint does not fit the configuration", problems, cure)
+  raise_problems("the checkpoint does not fit the configuration", problems, cure)
 
 
 def _left_aside(config: TransformerConfig, name: str) -> bool:
@@ -300,7 +300,7 @@ def tensors_of(config: TransformerConfig, params: Params, dtype: Any = None) -> 
     for path, slots in wanted.items()
     if path in flat and flat[path].shape != array_shape(slots)
   ]
-  refuse("the parameters do not fit the configuration", problems, "Pass the configuration they were made with.")
+  raise_problems("the parameters do not fit the configuration", problems, "Pass the configuration they were made with.")
   slots, held = tensor_map(config), {}
   for names in by_array(config):
     together = {slot.path for name in names for slot in slots[name]}

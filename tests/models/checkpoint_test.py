@@ -164,7 +164,9 @@ def test_a_tensor_that_its_file_does_not_hold_is_named(tmp_path):
 
 
 def test_a_broken_config_and_another_family_are_named(tmp_path):
-  assert "config.json is not JSON" in broken(tmp_path / "a", lambda source: (source / "config.json").write_text("{"))
+  assert "config.json cannot be read: it is not JSON" in broken(
+    tmp_path / "a", lambda source: (source / "config.json").write_text("{")
+  )
   message = broken(tmp_path / "b", lambda source: (source / "config.json").write_text('{"model_type": "llama"}'))
   assert "config.json" in message and "'llama'" in message and "mixtral" in message
 
