@@ -3,7 +3,7 @@
 A loader returns {split: Split} and checks every record first. Scoring completions is `rspo_jax.rewards`.
 """
 
-from rspo_jax.data.curriculum import Curriculum
+from rspo_jax.data.curriculum import Curriculum, CurriculumOptions
 from rspo_jax.data.datasets import (
   ALPHABETS,
   DATASETS,
@@ -20,6 +20,7 @@ __all__ = [
   "DATASETS",
   "Batches",
   "Curriculum",
+  "CurriculumOptions",
   "Example",
   "Split",
   "batches",

@@ -1,9 +1,9 @@
-"""The curriculum chooses inside its band, comes back to what it left out, never starves, and resumes exactly."""
+"""The curriculum chooses inside its band, retries skipped problems, always fills a batch, and resumes exactly."""
 
 import numpy as np
 import pytest
 
-from rspo_jax.data.curriculum import Curriculum
+from rspo_jax.data.curriculum import Curriculum, CurriculumOptions
 from rspo_jax.data.examples import Example, Split, batches
 from rspo_jax.run.metrics import METRICS
 
@@ -14,12 +14,12 @@ def numbered(count, weights=None):
   return Split("numbered", examples, weights=weights or {})
 
 
-def curriculum(split, **changed):
-  return Curriculum(split, **{"low": 0.2, "high": 0.8, "seed": 3, **changed})
+def curriculum(split, seed=3, **changed):
+  return Curriculum(split, CurriculumOptions(**{"low": 0.2, "high": 0.8, **changed}), seed=seed)
 
 
 def steps(chooser, count, number, rate):
-  """The indices of so many steps, each recorded with rate(indices)."""
+  """The indices of `number` steps of `count` problems, each recorded with rate(indices)."""
   seen = []
   for _ in range(number):
     indices, examples = chooser.choose(count)
@@ -30,14 +30,14 @@ def steps(chooser, count, number, rate):
 
 
 @pytest.mark.parametrize("weights", [None, {"a": 3.0, "b": 1.0}])
-def test_while_all_are_inside_the_band_it_walks_as_plain_batches_do(weights):
+def test_problems_inside_the_band_come_in_the_order_of_plain_batches(weights):
   split = numbered(24, weights)
-  walk = batches(split, 4, seed=3)
+  plain = batches(split, 4, seed=3)
   chosen = steps(curriculum(split), 4, 3, lambda indices: np.full(len(indices), 0.5))
-  assert [indices.tolist() for indices in chosen] == [[example.gold for example in walk.at(i)] for i in range(3)]
+  assert [indices.tolist() for indices in chosen] == [[example.gold for example in plain.at(i)] for i in range(3)]
 
 
-def test_once_seen_only_what_is_inside_is_chosen_until_it_is_tried_again():
+def test_problems_outside_the_band_are_skipped_until_they_are_due_again():
   chooser = curriculum(numbered(40), retry_epochs=5)
   hard, easy = set(range(10)), set(range(10, 20))
 
@@ -51,12 +51,12 @@ def test_once_seen_only_what_is_inside_is_chosen_until_it_is_tried_again():
   later = np.concatenate(steps(chooser, 8, 5, rate))
   assert min(later) >= 20
   assert chooser.metrics()["curriculum/skipped"] > 0
-  # In five epochs more all of them have been tried again.
-  again = set(np.concatenate(steps(chooser, 8, 20, rate)).tolist())
-  assert hard <= again and easy <= again
+  # Within five more epochs each of them is retried.
+  retried = set(np.concatenate(steps(chooser, 8, 20, rate)).tolist())
+  assert hard <= retried and easy <= retried
 
 
-def test_a_problem_that_was_outside_comes_back_into_the_band():
+def test_a_problem_outside_the_band_returns_once_its_success_rate_is_inside():
   chooser = curriculum(numbered(20), retry_epochs=2, memory=0.5)
   learned = [False]
 
@@ -70,7 +70,7 @@ def test_a_problem_that_was_outside_comes_back_into_the_band():
   assert chooser.metrics()["curriculum/in_band"] == 1.0
 
 
-def test_an_estimate_weighs_less_the_older_it_is():
+def test_the_weight_of_an_estimate_decays_with_its_age():
   chooser = curriculum(numbered(10), memory=0.5)
   chooser.record([0, 1], [0.8, 0.8])
   chooser.choose(10)  # an epoch
@@ -82,14 +82,14 @@ def test_an_estimate_weighs_less_the_older_it_is():
   assert curriculum(numbered(2)).state()["rate"].tolist() == [0, 0]
 
 
-def test_problems_recorded_twice_at_once_count_with_their_mean():
+def test_an_index_recorded_twice_counts_with_the_mean_of_its_rates():
   chooser = curriculum(numbered(5))
   chooser.record([3, 1, 3], [1.0, 0.25, 0.5])
   assert chooser.state()["rate"].tolist() == [0, 0.25, 0, 0.75, 0]
   chooser.record([], [])
 
 
-def test_a_batch_is_filled_with_those_nearest_to_the_band_and_says_so():
+def test_a_batch_is_filled_with_the_problems_nearest_to_the_band():
   split = numbered(30)
   chooser = curriculum(split, retry_epochs=1000)
   rates = np.linspace(0.81, 1.0, 30)
@@ -102,7 +102,7 @@ def test_a_batch_is_filled_with_those_nearest_to_the_band_and_says_so():
   assert metrics["curriculum/skipped"] <= 30
 
 
-def test_passing_over_is_bounded():
+def test_skipped_problems_are_bounded_per_batch():
   chooser = curriculum(numbered(1000), max_skipped=5, retry_epochs=1000)
   chooser.record(np.arange(1000), np.zeros(1000))
   indices, _ = chooser.choose(3)
@@ -115,32 +115,32 @@ def test_passing_over_is_bounded():
 
 
 @pytest.mark.parametrize("weights", [None, {"a": 4.0, "b": 1.0}])
-def test_no_example_stands_twice_in_a_batch(weights):
+def test_no_batch_repeats_an_example(weights):
   chooser = curriculum(numbered(12, weights))
   for indices in steps(chooser, 11, 3, lambda indices: indices % 3 / 2):
     assert len(set(indices.tolist())) == 11
 
 
-def test_a_resumed_one_chooses_the_same_and_so_does_every_process():
+def test_resumed_and_parallel_curricula_choose_the_same():
   split = numbered(50, {"a": 1.0, "b": 2.0})
 
   def rate(indices):
     return indices % 5 / 4
 
-  alone = curriculum(split)
-  before = steps(alone, 8, 7, rate)
-  kept = alone.state()
-  after = steps(alone, 8, 7, rate)
+  first = curriculum(split)
+  before = steps(first, 8, 7, rate)
+  saved = first.state()
+  after = steps(first, 8, 7, rate)
   resumed = curriculum(split)
-  resumed.restore(kept)
-  assert resumed.metrics().keys() == alone.metrics().keys()
+  resumed.restore(saved)
+  assert resumed.metrics().keys() == first.metrics().keys()
   np.testing.assert_array_equal(steps(resumed, 8, 7, rate), after)
-  other = curriculum(split)
-  np.testing.assert_array_equal(steps(other, 8, 14, rate), before + after)
-  for name, value in alone.state().items():
+  second = curriculum(split)
+  np.testing.assert_array_equal(steps(second, 8, 14, rate), before + after)
+  for name, value in first.state().items():
     np.testing.assert_array_equal(value, resumed.state()[name])
-    np.testing.assert_array_equal(value, other.state()[name])
-  assert not np.array_equal(kept["rate"], alone.state()["rate"])  # a copy
+    np.testing.assert_array_equal(value, second.state()[name])
+  assert not np.array_equal(saved["rate"], first.state()["rate"])  # a copy
 
 
 def test_metrics_are_documented_and_shares_sum_to_one():
@@ -151,23 +151,32 @@ def test_metrics_are_documented_and_shares_sum_to_one():
   assert sum(metrics[f"curriculum/{name}"] for name in ("unseen", "below", "in_band", "above")) == pytest.approx(1)
 
 
+def test_default_options_skip_nothing():
+  split = numbered(12)
+  chooser = Curriculum(split, CurriculumOptions(), seed=3)
+  chosen = steps(chooser, 4, 9, lambda indices: indices % 2)
+  assert [indices.tolist() for indices in chosen] == [
+    [example.gold for example in batches(split, 4, seed=3).at(i)] for i in range(9)
+  ]
+
+
 @pytest.mark.parametrize(
   ("changed", "message"),
   [
-    ({"low": 0.9}, "low is 0.9 and high is 0.8; want 0 <= low <= high <= 1"),
-    ({"high": 1.5}, "high is 1.5"),
+    ({"low": 0.9}, "low is 0.9 and high 0.8; want success rates with 0 <= low <= high <= 1"),
+    ({"high": 1.5}, "high 1.5"),
     ({"memory": 1.0}, "memory is 1.0; want a value in"),
     ({"retry_epochs": 0}, "retry_epochs is 0"),
     ({"max_skipped": -1}, "max_skipped is -1"),
     ({"seed": -1}, "seed is -1"),
   ],
 )
-def test_arguments_out_of_range_are_refused(changed, message):
+def test_options_out_of_range_are_rejected(changed, message):
   with pytest.raises(ValueError, match=message):
     curriculum(numbered(5), **changed)
 
 
-def test_wrong_records_batches_and_states_are_refused():
+def test_invalid_records_counts_and_states_are_rejected():
   chooser = curriculum(numbered(5))
   for indices, rates, message in (
     ([0, 1], [0.5], "want a rate for each index"),
@@ -178,7 +187,7 @@ def test_wrong_records_batches_and_states_are_refused():
     with pytest.raises(ValueError, match=message):
       chooser.record(indices, rates)
   for count in (0, 6):
-    with pytest.raises(ValueError, match=f"{count} problems are wanted at once of numbered, which has 5"):
+    with pytest.raises(ValueError, match=f"count is {count}; want 1 to 5, the examples of numbered"):
       chooser.choose(count)
   with pytest.raises(ValueError, match="of another data set"):
     chooser.restore(curriculum(numbered(6)).state())
