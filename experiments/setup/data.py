@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from absl import logging
 
 from experiments.config import DataConfig
-from rspo_jax.data.datasets import ALPHABETS, DATASETS
+from rspo_jax.data.datasets import ALPHABETS, DATASETS, load_dataset
 from rspo_jax.data.examples import Split
+from rspo_jax.lookup import look_up
 from rspo_jax.tokenization.basic import ByteTokenizer, CharTokenizer, Tokenizer
 from rspo_jax.tokenization.hf import HFTokenizer, load_tokenizer
 
@@ -42,14 +43,14 @@ def read_data(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Split]:
     ValueError: what the data set raises, an option that it does not have, a chat that cannot be written, or no prompt
       that is short enough.
   """
-  loader = DATASETS[data.name]
+  loader = look_up("config.data.name", data.name, DATASETS)
   try:
     inspect.signature(loader).bind(None, **data.options)
   except TypeError as error:
     raise ValueError(f"config.data.options do not fit {data.name}: {error}.") from error
   if data.system and not data.chat:
     raise ValueError("config.data.system is for chats only; set config.data.chat=true, or leave it out.")
-  splits = loader(data.data_dir or None, **data.options)
+  splits = load_dataset(data.name, data.data_dir or None, **data.options)
   if data.chat:
     splits = {name: as_chat(split, tokenizer, data.system) for name, split in splits.items()}
   if data.max_prompt_tokens:

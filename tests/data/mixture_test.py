@@ -115,8 +115,12 @@ def test_broken_records_of_all_sources_are_counted(folder):
   ("sources", "message"),
   [
     ({}, "A mixture has no sources"),
-    ({"x": {"name": "filed"}}, "Source x has name 'filed'; want one of countdown, files, knights"),
-    ({"x": {"name": "mixture", "options": {"sources": {}}}}, "Source x has name 'mixture'; want one of"),
+    ({"x": {"name": "filed"}}, "Source x: name is 'filed'; did you mean files. Your own is named by its path"),
+    (
+      {"x": {"name": "mixture", "options": {"sources": {}}}},
+      "name is 'mixture'; want one of countdown, files",
+    ),
+    ({"x": {}}, "Source x: name is ''; want one of countdown, files, knights"),
     ({"x": {**files(), "wieght": 2}}, "Source x has wieght; want name, weight, data_dir and options"),
     ({"x": files(-1.0, train="a_train.jsonl")}, "Source x has weight -1.0; want a number, 0 or more"),
     ({"x": files(float("nan"), train="a_train.jsonl")}, "weight nan"),
