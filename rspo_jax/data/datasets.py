@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rspo_jax.data.examples import Example, Split, read_split
-from rspo_jax.data.files import FilesSpec, load
+from rspo_jax.data.files import FilesSpec, read_files
 from rspo_jax.lookup import look_up
 from rspo_jax.tasks import countdown, knights
 from rspo_jax.tasks.countdown import CountdownSpec
@@ -151,7 +151,7 @@ def load_files(data_dir: str | os.PathLike | None = None, *, on_broken: str = "f
   if missing := [name for name in ("prompt", "gold") if name not in spec]:
     raise ValueError(f"Files need {' and '.join(missing)}; name the fields of prompts and gold answers.")
   chosen = _make_spec("A data set of files", FilesSpec, spec, "on_broken")
-  return load(chosen, Path(data_dir or ".").expanduser(), on_broken)
+  return read_files(chosen, Path(data_dir or ".").expanduser(), on_broken)
 
 
 def load_mixture(

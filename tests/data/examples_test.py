@@ -1,4 +1,4 @@
-"""Countdown through TFDS, broken records, and batches that can be asked for by step."""
+"""Countdown through TFDS, broken records, and batches by step."""
 
 import dataclasses
 import json
@@ -35,17 +35,17 @@ def golds(examples):
 
 
 def version_folder(folder):
-  (found,) = folder.glob("countdown/*/1.0.0")
-  return found
+  (path,) = folder.glob("countdown/*/1.0.0")
+  return path
 
 
-def test_what_is_read_is_what_was_made(folder):
+def test_examples_equal_the_generated_problems(folder):
   splits = DATASETS["countdown"](folder, **SPEC)
-  made = make_problems(CountdownSpec(**SPEC))
+  problems = make_problems(CountdownSpec(**SPEC))
   assert set(splits) == {"train", "test"}
   for name, split in splits.items():
     assert split.skipped == ()
-    assert [(e.gold, e.demonstration, e.wrong_demonstration) for e in split.examples] == made[name]
+    assert [(e.gold, e.demonstration, e.wrong_demonstration) for e in split.examples] == problems[name]
     for example in split.examples:
       assert example.prompt == prompt_text(example.gold)
       assert example.metadata == {"operators": "+-*/"}
@@ -56,8 +56,8 @@ def test_what_is_read_is_what_was_made(folder):
   assert [len(k) for k in keys] == [120, 40]
 
 
-def test_a_prepared_data_set_is_read_and_not_made_again(folder, monkeypatch, capfd):
-  monkeypatch.setattr(dataset, "make_problems", lambda spec: pytest.fail("made again"))
+def test_a_prepared_data_set_is_read_without_generating_it_again(folder, monkeypatch, capfd):
+  monkeypatch.setattr(dataset, "make_problems", lambda spec: pytest.fail("generated again"))
   before = sorted(path.stat().st_mtime_ns for path in folder.rglob("*"))
   assert len(load_countdown(folder, **SPEC)["train"]) == 120
   assert sorted(path.stat().st_mtime_ns for path in folder.rglob("*")) == before
@@ -76,7 +76,7 @@ def test_operators_in_any_order_are_one_data_set():
   assert CountdownSpec(operators="*-+") == CountdownSpec(operators="+-*")
 
 
-def test_two_processes_that_prepare_at_once_both_read_the_whole(tmp_path):
+def test_two_processes_that_prepare_concurrently_both_read_the_complete_data_set(tmp_path):
   code = (
     "import sys; from rspo_jax.data.datasets import load_countdown;"
     "s = load_countdown(sys.argv[1], train=300, test=30);"
@@ -88,7 +88,7 @@ def test_two_processes_that_prepare_at_once_both_read_the_whole(tmp_path):
   assert [process.returncode for process in running] == [0, 0], outputs
   assert outputs[0][0] == outputs[1][0]
   assert outputs[0][0].startswith("300 30 ")
-  assert outputs[0][0].strip().endswith("False")  # TensorFlow was not needed
+  assert outputs[0][0].strip().endswith("False")  # TensorFlow is not imported
   assert len(list(tmp_path.glob("countdown/*/*"))) == 1
 
 
@@ -100,29 +100,29 @@ def test_the_cache_folder_follows_the_users_setting(monkeypatch, tmp_path):
   assert cache_dir() == tmp_path / "home" / ".cache" / "rspo_jax" / "tfds"
 
 
-def break_info(made):
-  (made / "dataset_info.json").write_text("{")
+def break_info(version):
+  (version / "dataset_info.json").write_text("{")
 
 
-def lose_info(made):
-  (made / "dataset_info.json").unlink()
+def lose_info(version):
+  (version / "dataset_info.json").unlink()
 
 
-def lose_records(made):
-  for path in made.glob("*train*"):
+def lose_records(version):
+  for path in version.glob("*train*"):
     path.unlink()
 
 
 @pytest.mark.parametrize("damage", [break_info, lose_info, lose_records])
-def test_a_damaged_folder_is_named_with_the_cure_and_the_cure_works(tmp_path, damage):
+def test_a_damaged_folder_is_reported_with_a_cure_that_works(tmp_path, damage):
   load_countdown(tmp_path, **SPEC)
-  made = version_folder(tmp_path)
-  damage(made)
-  with pytest.raises(ValueError, match=rf"(?s){made} (cannot be read|is broken) .*Delete"):
+  version = version_folder(tmp_path)
+  damage(version)
+  with pytest.raises(ValueError, match=rf"(?s){version} (cannot be read|is broken) .*Delete"):
     load_countdown(tmp_path, **SPEC)
-  for path in made.iterdir():
+  for path in version.iterdir():
     path.unlink()
-  made.rmdir()
+  version.rmdir()
   assert len(load_countdown(tmp_path, **SPEC)["train"]) == 120
 
 
@@ -134,7 +134,7 @@ def test_a_damaged_folder_is_named_with_the_cure_and_the_cure_works(tmp_path, da
     ({"high": 2, "target_high": 5}, "Found only"),
   ],
 )
-def test_a_spec_that_cannot_be_met_is_refused_and_leaves_nothing_behind(tmp_path, spec, message):
+def test_an_impossible_spec_is_rejected_and_leaves_no_files(tmp_path, spec, message):
   with pytest.raises(ValueError, match=message):
     load_countdown(tmp_path, **spec)
   assert not list(tmp_path.glob("countdown/*/*.0.0"))
@@ -146,7 +146,7 @@ def parse_even(record):
   return Example(str(record), record)
 
 
-def test_a_broken_record_is_named_or_skipped_and_counted():
+def test_a_broken_record_is_reported_or_skipped_and_counted():
   with pytest.raises(ValueError, match=r"Record 2 of toy/train is broken \(ValueError: odd\).*on_broken='skip'"):
     read_split("toy/train", [0, 2, 3, 4, 5], parse_even)
   split = read_split("toy/train", [0, 2, 3, 4, 5], parse_even, on_broken="skip")
@@ -157,13 +157,13 @@ def test_a_broken_record_is_named_or_skipped_and_counted():
 
 
 @pytest.mark.parametrize(("records", "message"), [([], "0 records, 0 of them"), ([1, 3], "2 records, 2 of them")])
-def test_an_empty_split_is_named_with_the_cure(records, message):
+def test_an_empty_split_is_rejected_with_the_cure(records, message):
   with pytest.raises(ValueError, match=f"toy/test is empty: {message}.*Ask the data set for more"):
     read_split("toy/test", records, parse_even, on_broken="skip")
 
 
 class Damaged:
-  """Real records, some of them changed."""
+  """Generated records, some of them changed."""
 
   def __init__(self, records, changes):
     self.records, self.changes = records, changes
@@ -195,7 +195,7 @@ class Damaged:
     ("demonstration", b"3++4", "'not an expression', 'wrong value'"),
   ],
 )
-def test_a_broken_countdown_record_is_caught_when_it_is_read(folder, monkeypatch, field, value, cause):
+def test_a_broken_countdown_record_is_detected_on_reading(folder, monkeypatch, field, value, cause):
   prepare = dataset.prepare
   monkeypatch.setattr(
     dataset,
@@ -209,7 +209,7 @@ def test_a_broken_countdown_record_is_caught_when_it_is_read(folder, monkeypatch
   assert len(splits["train"]) == 119
 
 
-def test_bytes_damaged_on_disk_do_not_pass_unnoticed(tmp_path):
+def test_corrupted_bytes_on_disk_are_detected(tmp_path):
   load_countdown(tmp_path, **SPEC)
   (path,) = version_folder(tmp_path).glob("*train*")
   content = bytearray(path.read_bytes())
@@ -219,42 +219,33 @@ def test_bytes_damaged_on_disk_do_not_pass_unnoticed(tmp_path):
     load_countdown(tmp_path, **SPEC)
 
 
-def test_a_step_gives_the_same_batch_however_it_is_reached():
+def test_the_batch_of_a_step_does_not_depend_on_how_it_is_reached():
   split = numbered(11)
-  walked = batches(split, 4, seed=3)
-  first = [next(walked) for _ in range(9)]
-  assert walked.position == 9
+  iterator = batches(split, 4, seed=3)
+  first = [next(iterator) for _ in range(9)]
+  assert iterator.position == 9
   for start in range(9):
     resumed = batches(split, 4, seed=3, start=start)
     assert [next(resumed) for _ in range(9 - start)] == first[start:]
-  walked.position = 2
-  assert next(walked) == first[2]
-  assert [walked.at(step) for step in range(9)] == first
-  assert walked.position == 3
-  assert json.loads(json.dumps(walked.position)) == walked.position
+  iterator.position = 2
+  assert next(iterator) == first[2]
+  assert [iterator.at(step) for step in range(9)] == first
+  assert iterator.position == 3
+  assert json.loads(json.dumps(iterator.position)) == iterator.position
   assert [batch for batch, _ in zip(batches(split, 4, seed=3), range(9), strict=False)] == first
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(12, 4), (11, 4), (5, 8), (1, 3)])
-def test_every_epoch_has_every_example_once(count, batch_size):
-  walk = batches(numbered(count), batch_size, seed=1)
-  stream = [gold for step in range(4 * count) for gold in golds(walk.at(step))]
+def test_every_epoch_contains_every_example_once(count, batch_size):
+  data = batches(numbered(count), batch_size, seed=1)
+  stream = [gold for step in range(4 * count) for gold in golds(data.at(step))]
   epochs = [stream[i : i + count] for i in range(0, 4 * count, count)]
   assert all(Counter(epoch) == Counter(range(count)) for epoch in epochs)
   if count > 4:
     assert epochs[0] != epochs[1] != list(range(count))
 
 
-@pytest.mark.parametrize("process_count", [2, 3, 6])
-def test_processes_together_give_the_batches_of_one(process_count):
-  split = numbered(17)
-  alone = batches(split, 6, seed=9)
-  together = [batches(split, 6, seed=9, process_index=i, process_count=process_count) for i in range(process_count)]
-  for step in range(12):
-    assert [example for shard in together for example in shard.at(step)] == alone.at(step)
-
-
-def test_the_seed_alone_decides_the_order_in_every_process():
+def test_the_order_depends_on_the_seed_alone_in_every_process():
   split = numbered(200)
   order = golds(batches(split, 200, seed=4).at(0))
   assert order != golds(batches(split, 200, seed=5).at(0))
@@ -263,21 +254,19 @@ def test_the_seed_alone_decides_the_order_in_every_process():
     "print([e.gold for e in batches(s, 200, seed=4).at(0)])"
   )
   environment = {**os.environ, "PYTHONHASHSEED": "77"}
-  there = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-  assert json.loads(there.stdout) == order
+  completed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+  assert json.loads(completed.stdout) == order
 
 
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
     ({"batch_size": 0}, "batch_size is 0"),
-    ({"batch_size": 4, "process_count": 3}, "positive multiple"),
-    ({"batch_size": 4, "process_count": 2, "process_index": 2}, "process_index is 2"),
     ({"batch_size": 4, "seed": -1}, "seed is -1"),
     ({"batch_size": 4, "start": -1}, "start is -1"),
   ],
 )
-def test_batches_out_of_range_are_refused(arguments, message):
+def test_arguments_of_batches_out_of_range_are_rejected(arguments, message):
   with pytest.raises(ValueError, match=message):
     batches(numbered(8), **{"seed": 0, **arguments})
   with pytest.raises(ValueError, match="step is -1"):

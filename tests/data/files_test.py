@@ -1,4 +1,4 @@
-"""Examples from local files of every kind, the real ones among them; and what is said of broken ones."""
+"""Local files of every format, public benchmark files among them, and the errors for broken records."""
 
 import ast
 import dataclasses
@@ -59,7 +59,7 @@ WRITERS = {
 
 
 def saved(folder, rows, shards=1, **state):
-  """What `Dataset.save_to_disk` of `datasets` 5.2.0 writes."""
+  """A folder as `Dataset.save_to_disk` of `datasets` 5.2.0 writes it."""
   folder.mkdir(parents=True)
   names = [f"data-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
   for i, name in enumerate(names):
@@ -75,7 +75,7 @@ def golds(split):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_kind_of_file_gives_the_same_examples(tmp_path, name):
+def test_every_file_format_gives_the_same_examples(tmp_path, name):
   WRITERS[name](tmp_path / name, ROWS)
   splits = DATASETS["files"](tmp_path, train=name, demonstration="answer", metadata=("level",), **GSM)
   (split,) = splits.values()
@@ -86,7 +86,7 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path, name):
   assert split[2].source == "" and split.skipped == ()
 
 
-def test_folders_saved_by_datasets_are_read_by_their_own_lists(tmp_path):
+def test_folders_saved_by_datasets_are_read_through_their_lists_of_files(tmp_path):
   saved(tmp_path / "one", ROWS, shards=2)
   (tmp_path / "one" / "data-00009-of-00009.arrow").write_bytes(b"left over")
   assert golds(load_files(tmp_path / "one", **GSM)["train"]) == ["1", "2", "3", "4", "5"]
@@ -99,11 +99,11 @@ def test_folders_saved_by_datasets_are_read_by_their_own_lists(tmp_path):
     assert [golds(splits[split]) for split in ("train", "test")] == [["1", "2", "3"], ["4"]]
   assert golds(load_files(tmp_path, test="dict/validation", **GSM)["test"]) == ["5"]
   saved(tmp_path / "selected", ROWS, _indices_data_files=[{"filename": "indices.arrow"}])
-  with pytest.raises(ValueError, match=r"selected keeps a selection.*flatten_indices"):
+  with pytest.raises(ValueError, match=r"selected stores a selection.*flatten_indices"):
     load_files(tmp_path / "selected", **GSM)
 
 
-def test_a_snapshot_of_the_hub_is_read_by_the_names_of_its_files(tmp_path):
+def test_a_snapshot_of_the_hub_is_split_by_the_paths_of_its_files(tmp_path):
   for config in ("main", "socratic"):
     write_parquet(tmp_path / config / "train-00000-of-00002.parquet", ROWS[:2])
     write_parquet(tmp_path / config / "train-00001-of-00002.parquet", ROWS[2:4])
@@ -118,19 +118,19 @@ def test_a_snapshot_of_the_hub_is_read_by_the_names_of_its_files(tmp_path):
     load_files(tmp_path, **GSM)
 
 
-def test_a_folder_named_as_a_split_needs_no_names_in_its_files(tmp_path):
+def test_a_folder_given_as_a_split_needs_no_split_names_in_its_paths(tmp_path):
   write_parquet(tmp_path / "part" / "0000.parquet", ROWS[:2])
   write_parquet(tmp_path / "part" / "0001.parquet", ROWS[2:])
   assert golds(load_files(tmp_path, train="part", **GSM)["train"]) == ["1", "2", "3", "4", "5"]
-  with pytest.raises(ValueError, match=r"No name in .*part says train or test; .* has 0000.parquet, 0001.parquet"):
+  with pytest.raises(ValueError, match=r"No path in .*part names train or test; .* has 0000.parquet, 0001.parquet"):
     load_files(tmp_path / "part", **GSM)
   (tmp_path / "contrast").mkdir()
-  (tmp_path / "contrast" / "trainer.jsonl").write_bytes(lines(ROWS))  # the word, not a part of one
-  with pytest.raises(ValueError, match="No name in"):
+  (tmp_path / "contrast" / "trainer.jsonl").write_bytes(lines(ROWS))  # train is only part of a word
+  with pytest.raises(ValueError, match="No path in"):
     load_files(tmp_path / "contrast", **GSM)
 
 
-def test_several_files_come_in_the_order_they_are_named(tmp_path):
+def test_files_are_read_in_the_order_they_are_listed(tmp_path):
   for name, rows in (("a.jsonl", ROWS[:2]), ("b[1].jsonl", ROWS[2:3]), ("c.json", ROWS[3:])):
     WRITERS["rows.json" if name.endswith("json") else "rows.jsonl"](tmp_path / name, rows)
   train = ["c.json", str(tmp_path / "a.jsonl"), "b[1].jsonl"]
@@ -140,7 +140,7 @@ def test_several_files_come_in_the_order_they_are_named(tmp_path):
     load_files(tmp_path, train=("a.jsonl", "?.jsonl"), **GSM)
 
 
-def test_the_working_directory_is_where_paths_begin_without_a_folder(tmp_path, monkeypatch):
+def test_relative_paths_start_from_the_working_directory_without_data_dir(tmp_path, monkeypatch):
   (tmp_path / "x.jsonl").write_bytes(lines(ROWS))
   monkeypatch.chdir(tmp_path)
   assert len(load_files(train="x.jsonl", **GSM)["train"]) == 5
@@ -168,7 +168,7 @@ def test_the_working_directory_is_where_paths_begin_without_a_folder(tmp_path, m
     ),
   ],
 )
-def test_prompts_and_gold_answers_are_made_of_fields(tmp_path, fields, options, prompt, gold):
+def test_prompts_and_gold_answers_are_filled_from_fields(tmp_path, fields, options, prompt, gold):
   (tmp_path / "x.jsonl").write_bytes(lines([fields]))
   (example,) = load_files(tmp_path, train="x.jsonl", **{"prompt": "q", "gold": "a"} | options)["train"].examples
   assert (example.prompt, example.gold) == (prompt, gold)
@@ -176,7 +176,7 @@ def test_prompts_and_gold_answers_are_made_of_fields(tmp_path, fields, options, 
     assert gold_answers(gold) == (("1", "2") if "gold_list" in options else ("1, 2",))
 
 
-BROKEN = [  # (a line, what is said of it)
+BROKEN = [  # (line, cause in the message)
   (b'{"question": "x"', "not JSON"),
   (b"version https://git-lfs", "not JSON: .*it begins with b'version"),
   (b"[1, 2]", "a list; want an object with fields"),
@@ -190,7 +190,7 @@ BROKEN = [  # (a line, what is said of it)
   (b'{"question": true, "answer": "#### 1"}', "'question' is 'True' .bool."),
   (b'{"question": " \\n", "answer": "#### 1"}', "'question' is empty"),
   (b'{"question": "\\ud800", "answer": "#### 1"}', "UnicodeEncodeError"),
-  (b'{"question": "x", "answer": "no hashes"}', "no answer of the kind '####'; it ends with 'no hashes'"),
+  (b'{"question": "x", "answer": "no hashes"}', "no answer in the form '####'; it ends with 'no hashes'"),
   (b'{"question": "x", "answer": ["#### 1"]}', "'answer' is .* .list."),
   (b'{"question": "x", "answer": NaN}', "'answer' is 'nan'"),
   (b"[" * 100_000, "RecursionError|not JSON|recursion"),
@@ -198,7 +198,7 @@ BROKEN = [  # (a line, what is said of it)
 
 
 @pytest.mark.parametrize(("line", "cause"), BROKEN, ids=[cause[:30] for _, cause in BROKEN])
-def test_a_broken_line_is_named_with_its_number_or_left_out_and_counted(tmp_path, caplog, line, cause):
+def test_a_broken_line_is_reported_by_number_or_dropped_and_counted(tmp_path, caplog, line, cause):
   good = lines(ROWS).splitlines()
   (tmp_path / "x.jsonl").write_bytes(b"\n".join([good[0], b"", line, good[1]]))
   with pytest.raises(ValueError, match=f"(?s)x.jsonl, line 3 is broken .*{cause}.*on_broken='skip'"):
@@ -208,7 +208,7 @@ def test_a_broken_line_is_named_with_its_number_or_left_out_and_counted(tmp_path
   assert golds(split) == ["1", "2"]
   assert split.skipped == (1,)
   (warning,) = caplog.messages
-  assert "1 of 3 records are broken and left out" in warning and "x.jsonl, line 3" in warning
+  assert "1 of 3 records are broken and dropped" in warning and "x.jsonl, line 3" in warning
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_record_without_an_answer_is_broken(tmp_path, gold, value):
       load_files(tmp_path, train="x.jsonl", prompt="q", gold=gold)
 
 
-def test_many_broken_lines_make_one_warning_that_names_the_first_ones(tmp_path, caplog):
+def test_many_broken_lines_give_one_warning_with_the_first_three(tmp_path, caplog):
   (tmp_path / "x.jsonl").write_bytes(lines(ROWS) + b"?\n" * 50)
   split = load_files(tmp_path, train="x.jsonl", on_broken="skip", **GSM)["train"]
   assert len(split.skipped) == 50
@@ -229,10 +229,10 @@ def test_many_broken_lines_make_one_warning_that_names_the_first_ones(tmp_path, 
   assert "50 of 55" in warning and "line 6" in warning and "line 8" in warning and "line 9" not in warning
 
 
-def test_of_a_cut_off_archive_the_whole_lines_are_kept_or_it_fails(tmp_path):
+def test_a_truncated_archive_fails_or_yields_its_complete_lines(tmp_path):
   rows = [{**ROWS[0], "noise": str(hash((i, "x")))} for i in range(5000)]
-  whole = gzip.compress(lines(rows))
-  (tmp_path / "x.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+  archive = gzip.compress(lines(rows))
+  (tmp_path / "x.jsonl.gz").write_bytes(archive[: len(archive) // 2])
   with pytest.raises(ValueError, match=r"x.jsonl.gz, after line \d+ is broken .*cannot be decompressed"):
     load_files(tmp_path, train="x.jsonl.gz", **GSM)
   split = load_files(tmp_path, train="x.jsonl.gz", on_broken="skip", **GSM)["train"]
@@ -247,36 +247,36 @@ def test_of_a_cut_off_archive_the_whole_lines_are_kept_or_it_fails(tmp_path):
 @pytest.mark.parametrize(
   ("name", "content", "message"),
   [
-    ("x.jsonl", b"\n \n", "x.jsonl is empty: 0 records, 0 of them broken. Name files that have some"),
+    ("x.jsonl", b"\n \n", "x.jsonl is empty: 0 records, 0 of them broken. Name files with records"),
     ("x.parquet", b"version https://git-lfs", "x.parquet cannot be read as parquet: .*pointer of Git LFS"),
     ("x.arrow", b"version https://git-lfs", "x.arrow cannot be read as Arrow"),
     ("x.arrow", b"", "x.arrow cannot be read as Arrow"),
-    ("x.json", b'[{"question": 1},\n]', "x.json is not a list in JSON: .*line 2"),
-    ("x.csv", b"question,answer", "x.csv is of no known kind; want one of .jsonl, .jsonl.gz"),
+    ("x.json", b'[{"question": 1},\n]', "x.json is not a JSON list: .*line 2"),
+    ("x.csv", b"question,answer", "x.csv has an unknown format; want one of .jsonl, .jsonl.gz"),
   ],
 )
-def test_a_file_that_cannot_be_read_fails_in_any_case(tmp_path, name, content, message, on_broken):
+def test_an_unreadable_file_is_an_error_even_if_broken_records_are_skipped(tmp_path, name, content, message, on_broken):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(ValueError, match=message):
     load_files(tmp_path, train=name, on_broken=on_broken, **GSM)
 
 
-def test_a_field_that_no_record_has_is_an_error_even_where_broken_ones_are_left_out(tmp_path):
+def test_a_field_that_no_record_has_is_an_error_even_if_broken_records_are_skipped(tmp_path):
   (tmp_path / "x.jsonl").write_bytes(lines(ROWS))
   with pytest.raises(ValueError, match=r"is empty: 5 records, 5 of them broken: .*no field 'problem'; it has question"):
     load_files(tmp_path, train="x.jsonl", on_broken="skip", prompt="problem", gold="answer")
 
 
-def test_held_out_records_are_a_test_split_that_the_seed_draws(tmp_path):
+def test_holdout_moves_records_chosen_by_the_seed_to_the_test_split(tmp_path):
   (tmp_path / "x.jsonl").write_bytes(lines(ROWS))
-  drawn = set()
+  test_splits = set()
   for seed in range(20):
     splits = load_files(tmp_path, train="x.jsonl", holdout=2, seed=seed, **GSM)
     train, test = golds(splits["train"]), golds(splits["test"])
     assert sorted(train + test) == ["1", "2", "3", "4", "5"]
     assert (train, test) == (sorted(train), sorted(test)) and len(test) == 2
-    drawn.add(tuple(test))
-  assert len(drawn) > 3
+    test_splits.add(tuple(test))
+  assert len(test_splits) > 3
   assert load_files(tmp_path, train="x.jsonl", holdout=2, seed=1, **GSM) == load_files(
     tmp_path, train="x.jsonl", holdout=2, seed=1, **GSM
   )
@@ -285,7 +285,7 @@ def test_held_out_records_are_a_test_split_that_the_seed_draws(tmp_path):
   assert list(load_files(tmp_path, train="x.jsonl", **GSM)) == ["train"]
 
 
-def test_a_band_of_difficulty_keeps_training_records_only(tmp_path):
+def test_the_difficulty_band_filters_training_records_only(tmp_path):
   (tmp_path / "x.jsonl").write_bytes(lines(ROWS))
   splits = load_files(tmp_path, train="x.jsonl", test="x.json*", difficulty="level", band=(0.25, 0.75), **GSM)
   assert golds(splits["train"]) == ["2", "3", "4"]
@@ -293,7 +293,7 @@ def test_a_band_of_difficulty_keeps_training_records_only(tmp_path):
   assert len(splits["test"]) == 5
   held = load_files(tmp_path, train="x.jsonl", holdout=4, difficulty="level", band=(0, 1), **GSM)
   assert len(held["test"]) == 4
-  with pytest.raises(ValueError, match=r"no example whose level lies in \[2, 3\]; it goes from 0 to 1. Widen band"):
+  with pytest.raises(ValueError, match=r"no example with level in \[2, 3\]; its values are from 0 to 1. Widen band"):
     load_files(tmp_path, train="x.jsonl", difficulty="level", band=(2, 3), **GSM)
   with pytest.raises(ValueError, match="'question' is '0 . 1.' .str.; want a number"):
     load_files(tmp_path, train="x.jsonl", difficulty="question", **GSM)
@@ -315,26 +315,26 @@ def test_a_band_of_difficulty_keeps_training_records_only(tmp_path):
     ({"limit": -1}, "limit is -1"),
     ({"holdout": 1.5}, "holdout is 1.5"),
     ({"holdout": 1, "test": "x.jsonl"}, "holdout is 1 and test is 'x.jsonl'; want one of them"),
-    ({"metadata": "level"}, r"metadata is 'level'; want a sequence of fields, as \('level',\)"),
-    ({"band": (0, 1)}, "but of no field; name it with difficulty="),
+    ({"metadata": "level"}, r"metadata is 'level'; want a sequence of fields, such as \('level',\)"),
+    ({"band": (0, 1)}, "but difficulty is empty; name the field with difficulty="),
     ({"difficulty": "level", "band": (1, 0)}, "want .low, high. with low <= high"),
     ({"on_broken": "ignore"}, "on_broken is 'ignore'"),
     ({"train": "y.jsonl"}, r"y.jsonl is no file, folder or pattern that matches one; .* has x.jsonl\."),
     ({"train": "none/y.jsonl"}, "there is no folder .*none"),
   ],
 )
-def test_impossible_settings_are_told_with_a_cure(tmp_path, options, message):
+def test_impossible_settings_are_rejected_with_the_cure(tmp_path, options, message):
   (tmp_path / "x.jsonl").write_bytes(lines(ROWS))
   with pytest.raises(ValueError, match=message):
     load_files(tmp_path, **{"train": "x.jsonl", **GSM, **options})
 
 
-def test_what_is_not_there_is_told(tmp_path):
+def test_missing_options_folders_and_fields_are_reported(tmp_path):
   with pytest.raises(ValueError, match="Files need gold; name the fields"):
     load_files(tmp_path, train="x.jsonl", prompt="q")
   with pytest.raises(ValueError, match=r"none is not a folder"):
     load_files(tmp_path / "none", **GSM)
-  with pytest.raises(ValueError, match=r"says train or test; .* has no files"):
+  with pytest.raises(ValueError, match=r"names train or test; .* has no files"):
     load_files(tmp_path, **GSM)
   assert field_of({"a": [{"b": 1}]}, "a.0.b") == 1
   with pytest.raises(ValueError, match="no field 'a.1.b'; it has a"):
@@ -343,18 +343,18 @@ def test_what_is_not_there_is_told(tmp_path):
   assert FilesSpec("q", "a").band == FilesSpec.band
 
 
-# The files a user has, with the settings that docs/data.md gives for them.
+# Public files, with the options in docs/data.md.
 
 DOCUMENT = (ROOT / "docs" / "data.md").read_text()
 TABLE = re.findall(r"^\| `([\w.]+)` \| (\d+) \| `(\{.*\})` \| `(\w+)` \|$", DOCUMENT, re.MULTILINE)
 
 
-def test_the_document_has_settings_for_every_file():
+def test_the_document_has_options_for_every_public_file():
   assert [name.partition(".")[0] for name, *_ in TABLE] == [*math_cases.FILES, "humaneval"]
 
 
 @pytest.mark.parametrize(("name", "rows", "options", "reward"), TABLE, ids=[name for name, *_ in TABLE])
-def test_a_public_file_is_read_by_the_settings_in_the_document(name, rows, options, reward):
+def test_a_public_file_is_read_with_the_options_in_the_document(name, rows, options, reward):
   if not (math_cases.DATA / name).exists():
     pytest.skip(f"{math_cases.DATA / name} is absent; it is a public benchmark file that is not part of the project")
   split = load_files(math_cases.DATA, test=name, **ast.literal_eval(options))["test"]
@@ -362,21 +362,21 @@ def test_a_public_file_is_read_by_the_settings_in_the_document(name, rows, optio
   if reward == "code":
     assert all(task_from_record(example.gold).prompt == example.prompt for example in split.examples)
     return
-  wanted = [gold.answer for gold in math_cases.golds(name.partition(".")[0])]
+  answers = [gold.answer for gold in math_cases.golds(name.partition(".")[0])]
   if name == "amc23.jsonl":
-    wanted = [str(int(float(answer))) for answer in wanted]
-  assert [answers for gold in golds(split) for answers in gold_answers(gold)] == wanted
+    answers = [str(int(float(answer))) for answer in answers]
+  assert [answer for gold in golds(split) for answer in gold_answers(gold)] == answers
 
 
 def test_the_document_lists_every_option_with_its_default():
   (table,) = re.findall(r"^\| option \|.*\n((?:\|.*\n)+)", DOCUMENT, re.MULTILINE)
-  told = {}
+  documented = {}
   for line in table.splitlines()[1:]:
     names, default, _ = (cell.strip() for cell in line.strip("|").split("|"))
-    told |= dict.fromkeys(re.findall(r"`(\w+)`", names), default.strip("`"))
-  given = inspect.signature(load_files).parameters["on_broken"].default
-  fields = {name: field.default for name, field in FilesSpec.__dataclass_fields__.items()} | {"on_broken": given}
-  assert told.keys() == fields.keys()
-  for name, default in told.items():
-    if name != "band":  # told in words
+    documented |= dict.fromkeys(re.findall(r"`(\w+)`", names), default.strip("`"))
+  on_broken = inspect.signature(load_files).parameters["on_broken"].default
+  fields = {name: field.default for name, field in FilesSpec.__dataclass_fields__.items()} | {"on_broken": on_broken}
+  assert documented.keys() == fields.keys()
+  for name, default in documented.items():
+    if name != "band":  # the table describes it in words
       assert default == "" if fields[name] is dataclasses.MISSING else ast.literal_eval(default) == fields[name], name

@@ -1,4 +1,4 @@
-"""Mixtures keep to their weights, come out the same however they are reached, and give every example its turn."""
+"""Mixtures keep their weights, give the same batch for a step in any order, and read every example once per epoch."""
 
 import json
 from collections import Counter
@@ -42,19 +42,19 @@ def files(weight=1.0, **options):
     {"a": 1e-3, "b": 5e-3, "c": 2e-3},
   ],
 )
-def test_among_any_first_n_the_shares_are_the_weights_but_for_one_example(weights):
+def test_shares_among_the_first_n_equal_the_weights_within_one_example_per_source(weights):
   split = mixed(dict.fromkeys(weights, 300), weights)
-  order, counts = index_stream(split, 1), Counter()
+  stream, counts = index_stream(split, 1), Counter()
   total = sum(weights.values())
   for n in range(1, 401):
-    counts[split[order[n - 1]].source] += 1
+    counts[split[stream[n - 1]].source] += 1
     if n % 20 == 0:
       for source, weight in weights.items():
         assert abs(counts[source] - n * weight / total) <= len(weights)
   assert counts == {source: round(400 * weight / total) for source, weight in weights.items()}
 
 
-def test_every_example_of_a_source_comes_once_in_each_of_its_epochs_in_another_order():
+def test_a_source_is_read_once_per_epoch_in_a_new_order():
   split = mixed({"a": 6, "b": 6, "c": 4}, {"a": 2.0, "b": 1.0, "c": 1.0})
   stream = [example for step in range(20) for example in batches(split, 8, seed=2).at(step)]
   epochs = {}
@@ -64,29 +64,20 @@ def test_every_example_of_a_source_comes_once_in_each_of_its_epochs_in_another_o
     assert len(epochs[source]) >= 6
     assert all(sorted(epoch) == [str(i) for i in range(size)] for epoch in epochs[source])
     assert len({tuple(epoch) for epoch in epochs[source]}) > 1
-  assert epochs["a"][: len(epochs["b"])] != epochs["b"]  # of equal length, but not shuffled alike
+  assert epochs["a"][: len(epochs["b"])] != epochs["b"]  # equal lengths, different shuffles
 
 
-def test_a_step_gives_the_same_batch_however_it_is_reached():
+def test_the_batch_of_a_step_does_not_depend_on_how_it_is_reached():
   split = mixed({"a": 5, "b": 9}, {"a": 0.3, "b": 0.7})
-  walked = batches(split, 4, seed=3)
-  first = [next(walked) for _ in range(9)]
+  iterator = batches(split, 4, seed=3)
+  first = [next(iterator) for _ in range(9)]
   for start in range(9):
     resumed = batches(split, 4, seed=3, start=start)
     assert [next(resumed) for _ in range(9 - start)] == first[start:]
   assert first != [batches(split, 4, seed=4).at(step) for step in range(9)]
 
 
-@pytest.mark.parametrize("process_count", [2, 3, 6])
-def test_processes_together_give_the_batches_of_one(process_count):
-  split = mixed({"a": 5, "b": 9}, {"a": 0.3, "b": 0.7})
-  alone = batches(split, 6, seed=9)
-  together = [batches(split, 6, seed=9, process_index=i, process_count=process_count) for i in range(process_count)]
-  for step in range(6):
-    assert [example for shard in together for example in shard.at(step)] == alone.at(step)
-
-
-def test_a_mixture_is_its_sources_one_after_the_other(folder):
+def test_a_mixture_concatenates_its_sources(folder):
   sources = {
     "first": files(3.0, train="a_train.jsonl", test="a_test.jsonl"),
     "second": {**files(train="b_train.jsonl"), "data_dir": str(folder)},
@@ -98,12 +89,12 @@ def test_a_mixture_is_its_sources_one_after_the_other(folder):
   assert prompts(splits["test"].examples) == ["a_test0", "a_test1", "c_test0", "c_test1", "c_test2", "c_test3"]
   assert [example.source for example in splits["test"].examples] == ["first"] * 2 + ["held"] * 4
   assert splits["test"].weights == {}
-  drawn = [example for step in range(4) for example in batches(splits["train"], 4, seed=0).at(step)]
-  assert Counter(example.source for example in drawn) == {"first": 12, "second": 4}
+  sampled = [example for step in range(4) for example in batches(splits["train"], 4, seed=0).at(step)]
+  assert Counter(example.source for example in sampled) == {"first": 12, "second": 4}
   assert list(load_mixture(folder, sources={"held": sources["held"]})) == ["test"]
 
 
-def test_broken_records_of_all_sources_are_counted(folder):
+def test_indices_of_broken_records_count_the_records_of_earlier_sources(folder):
   for name in ("a_train", "b_train"):
     with open(folder / f"{name}.jsonl", "a") as file:
       file.write("?\n")
@@ -130,11 +121,11 @@ def test_broken_records_of_all_sources_are_counted(folder):
     ({"x": 3}, "Source x is 3; want a group of settings"),
   ],
 )
-def test_impossible_sources_are_told_by_name(folder, sources, message):
+def test_impossible_sources_are_rejected_by_name(folder, sources, message):
   with pytest.raises(ValueError, match=message):
     load_mixture(folder, sources=sources)
 
 
-def test_a_weight_for_a_source_without_examples_is_refused():
+def test_a_weight_for_a_source_without_examples_is_rejected():
   with pytest.raises(ValueError, match="mixed has no example of b; take it out"):
     batches(mixed({"a": 3}, {"a": 1.0, "b": 1.0}), 2, seed=0)
