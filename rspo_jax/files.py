@@ -1,4 +1,4 @@
-"""Reading small files, with errors that name the file and the cure."""
+"""Reads small files; errors name the file and the cure."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ def read_json(path: str | Path, *, absent_ok: bool = False, cure: str = "Downloa
   """The object in a JSON file.
 
   Args:
-    absent_ok: an absent file reads as {}.
-    cure: what to do about a file that cannot be read, for the message.
+    absent_ok: return {} if the file is absent.
+    cure: advice for an absent or unreadable file, for the message.
   Raises:
-    ValueError: the file is absent, is no JSON, or holds something else than an object; names the file.
+    ValueError: the file is absent, is not JSON in UTF-8, or holds anything but an object; names the file.
   """
   path = Path(path)
   try:
@@ -21,7 +21,7 @@ def read_json(path: str | Path, *, absent_ok: bool = False, cure: str = "Downloa
     if absent_ok:
       return {}
     raise ValueError(f"{path} is absent. {cure}") from None
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} cannot be read: it is not JSON ({error}). {cure}") from error
   if not isinstance(value, dict):
     raise ValueError(f"{path} cannot be read: it holds a {type(value).__name__}, not an object. {cure}")

@@ -1,6 +1,7 @@
-"""Examples in memory: read from files or generated tasks, mixed, and asked for by step, with a curriculum or without.
+"""Examples in memory: read from files or generated, mixed, and returned in batches by step, optionally by a curriculum.
 
-A loader returns {split: Split} and checks every record first. Scoring completions is `rspo_jax.rewards`.
+A loader returns {split: Split} and checks every record before training starts. The generators of problems belong to
+`rspo_jax.tasks`, scoring of completions to `rspo_jax.rewards`.
 """
 
 from rspo_jax.data.curriculum import Curriculum, CurriculumOptions

@@ -87,9 +87,7 @@ def splits_in(folder: Path) -> list[str]:
     named = [split for split in ("train", "test") if any(_names(path, folder, split) for path in _data_files(folder))]
   if splits := [split for split in ("train", "test") if split in named]:
     return splits
-  raise ValueError(
-    f"No path in {folder} names train or test; {_describe(folder)} List its files in train= and test=."
-  )
+  raise ValueError(f"No path in {folder} names train or test; {_describe(folder)} List its files in train= and test=.")
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -1,8 +1,7 @@
-"""Text to token ids and back.
+"""The `Tokenizer` protocol, tokenizers over characters and bytes, and padding of ids to arrays.
 
-`Tokenizer` is all that the project asks of a tokenizer. `CharTokenizer` fills it in for synthetic tasks,
-`ByteTokenizer` for any text without a vocabulary file, `hf_tokenizer.load_tokenizer` for published checkpoints.
-Padding is whatever lies outside `valid`: masks are made from lengths, never from a padding token.
+`CharTokenizer` is for synthetic tasks, `ByteTokenizer` for any text without a vocabulary file; tokenizers of published
+checkpoints come from `rspo_jax.tokenization.hf`. Masks are computed from lengths, never from the id of a padding token.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,16 +9,16 @@ from typing import Protocol
 
 import numpy as np
 
-UNKNOWN = "\ufffd"  # how an id without a token reads: a model may have a larger vocabulary, and draw from all of it
+UNKNOWN = "\ufffd"  # text of an id without a token: a model with a larger vocabulary can sample such ids
 
 
 class Tokenizer(Protocol):
-  """Text to ids and back.
+  """The interface of all tokenizers here.
 
   Attributes:
-    vocab_size: ids are in [0, vocab_size). A model may have a larger vocabulary.
-    eos_id: the end token, written after a demonstration.
-    stop_ids: each of these ends a completion; eos_id first.
+    vocab_size: ids are in [0, vocab_size). A model can have a larger vocabulary.
+    eos_id: the end token, appended to a demonstration.
+    stop_ids: ids that end a completion; eos_id first.
   """
 
   vocab_size: int
@@ -30,11 +29,11 @@ class Tokenizer(Protocol):
     """The ids of a text, without begin or end token."""
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids up to the first stop token, or of all ids if there is none. Never fails: see `UNKNOWN`."""
+    """The text of ids up to the first stop token, or of all ids if there is none. Never raises: see `UNKNOWN`."""
 
 
 class CharTokenizer:
-  """One id per character of an alphabet, after id 0, the end of the sequence.
+  """One id per character of an alphabet; id 0 is the end token.
 
   Args:
     alphabet: the characters, each once; `alphabet[i]` has id i + 1.
@@ -63,7 +62,7 @@ class CharTokenizer:
       ) from None
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text up to the first end token. Ids outside the vocabulary, which a larger model may draw, read as U+FFFD."""
+    """The text up to the first end token. Ids outside the vocabulary become U+FFFD."""
     text = []
     for i in ids:
       if i == self.eos_id:
@@ -73,18 +72,18 @@ class CharTokenizer:
 
 
 class ByteTokenizer:
-  """The bytes of UTF-8: byte b has id b + 1, after id 0, the end of the sequence."""
+  """The bytes of UTF-8: byte b has id b + 1; id 0 is the end token."""
 
   vocab_size = 257
   eos_id = 0
   stop_ids = (0,)
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text, without an end token. UnicodeEncodeError (a ValueError) for half of a surrogate pair."""
+    """The ids of a text, without an end token. UnicodeEncodeError (a ValueError) for an unpaired surrogate."""
     return [byte + 1 for byte in text.encode()]
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text up to the first end token. What is not UTF-8, and ids outside the vocabulary, read as U+FFFD."""
+    """The text up to the first end token. Invalid UTF-8 and ids outside the vocabulary become U+FFFD."""
     text = bytearray()
     for i in ids:
       if i == self.eos_id:
@@ -93,11 +92,11 @@ class ByteTokenizer:
     return text.decode(errors="replace")
 
 
-def pad_left(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_left(rows: Sequence[Sequence[int] | np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
   """Prompts as one array, aligned to the right.
 
   Args:
-    rows: P lists of ids, each with 1 to `length` ids.
+    rows: P sequences of ids, each with 1 to `length` ids.
     length: Tp, token slots.
   Returns:
     tokens [P, Tp] int32, 0 where not valid; valid [P, Tp] bool.
@@ -113,3 +112,27 @@ def pad_left(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np
     tokens[index, length - len(row) :] = row
     valid[index, length - len(row) :] = True
   return tokens, valid
+
+
+def pad_right(
+  rows: Sequence[Sequence[int] | np.ndarray], length: int, dtype: type = np.int32
+) -> tuple[np.ndarray, np.ndarray]:
+  """Completions, or values of their tokens, as one array, aligned to the left.
+
+  Args:
+    rows: B sequences, each with 0 to `length` ids or values.
+    length: T, token slots.
+    dtype: of the values.
+  Returns:
+    values [B, T] of dtype, 0 where not valid; valid [B, T] bool.
+  Raises:
+    ValueError: a row longer than length; names the row.
+  """
+  values = np.zeros((len(rows), length), dtype)
+  valid = np.zeros((len(rows), length), bool)
+  for index, row in enumerate(rows):
+    if len(row) > length:
+      raise ValueError(f"Row {index} has {len(row)} tokens; want at most {length}. Truncate it or raise the length.")
+    values[index, : len(row)] = row
+    valid[index, : len(row)] = True
+  return values, valid

@@ -1,9 +1,9 @@
-"""Chat templates of published checkpoints, rendered as transformers does, without it.
+"""Chat templates of published checkpoints, rendered as by transformers but without importing it.
 
-Where `read_templates` looks in a folder; the first place that has any counts:
+Where `read_templates` looks in a folder; the first location with templates is used:
 
   chat_template.jinja, additional_chat_templates/NAME.jinja   templates in files of their own
-  tokenizer_config.json                                       chat_template, one text or several with names
+  tokenizer_config.json                                       chat_template, one text or several named ones
   chat_template.json                                          the same, in older checkpoints
 """
 
@@ -17,24 +17,28 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2 import ext, nodes, sandbox
 
-# What a message's reasoning is called, the usual name first.
+from rspo_jax.files import read_json
+
+# Names of a message's reasoning, the most common first.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate(NamedTuple):
-  """A template in Jinja.
+  """A Jinja template.
 
   Attributes:
-    place: the file it came from, for messages.
+    origin: the file it was read from, for messages.
   """
 
   text: str
-  place: str
+  origin: str
 
 
 def read_templates(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, ChatTemplate]:
-  """Chat templates by name, `config` being the content of tokenizer_config.json; {} if there are none.
+  """Chat templates by name; {} if there are none.
 
+  Args:
+    config: the content of tokenizer_config.json.
   Raises:
     ValueError: a chat_template that is neither text nor a list of named ones; names the file.
   """
@@ -46,42 +50,37 @@ def read_templates(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str,
   path, value = folder / "tokenizer_config.json", config.get("chat_template")
   if not value:
     path = folder / "chat_template.json"
-    value = read_json(path).get("chat_template") or []
+    value = read_json(path, absent_ok=True).get("chat_template") or []
   try:
-    named = {"default": value} if isinstance(value, str) else {each["name"]: each["template"] for each in value}
+    named = {"default": value} if isinstance(value, str) else {item["name"]: item["template"] for item in value}
   except (KeyError, TypeError) as error:
     raise ValueError(
       f"{path} has a chat_template that is neither text nor a list of {{'name': ..., 'template': ...}}. Correct it, or "
-      "write chat_template.jinja beside it, which counts before it."
+      "write chat_template.jinja beside it, which takes precedence."
     ) from error
   return {name: ChatTemplate(text, f"{name!r} of {path}") for name, text in named.items()}
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file of a checkpoint, {} if there is no such file. A broken one is a ValueError."""
-  if not path.is_file():
-    return {}
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-      raise ValueError(f"it holds a {type(value).__name__}, not an object")
-  except ValueError as error:
-    raise ValueError(f"{path} cannot be read: {error}. Download it again.") from error
-  return value
-
-
 def choose_template(
-  folder: pathlib.Path, templates: Mapping[str, ChatTemplate], wanted: str | None, tools: Any
+  folder: pathlib.Path, templates: Mapping[str, ChatTemplate], template: str | None, tools: Any
 ) -> ChatTemplate:
-  """The one that `wanted` names or is, as Jinja text; if None, 'tool_use' where there are tools, else 'default'."""
-  if wanted is None:
-    wanted = "tool_use" if tools is not None and "tool_use" in templates else "default"
-  if wanted in templates:
-    return templates[wanted]
-  if "{{" in wanted or "{%" in wanted:
-    return ChatTemplate(wanted, "given as template=")
+  """The template for a conversation.
+
+  Args:
+    folder: of the checkpoint, for messages.
+    template: a name in `templates`, or Jinja text; None selects 'tool_use' if there are tools and such a template, else
+      'default'.
+  Raises:
+    ValueError: no template of that name.
+  """
+  if template is None:
+    template = "tool_use" if tools is not None and "tool_use" in templates else "default"
+  if template in templates:
+    return templates[template]
+  if "{{" in template or "{%" in template:
+    return ChatTemplate(template, "given as template=")
   raise ValueError(
-    f"{folder} has no chat template {wanted!r}; it has {sorted(templates) or 'none'}. Pass one of these, "
+    f"{folder} has no chat template {template!r}; it has {sorted(templates) or 'none'}. Pass one of these, "
     "or Jinja text, as template=, or write chat_template.jinja there."
   )
 
@@ -96,31 +95,31 @@ def render_template(
   special: Mapping[str, str],
   variables: Mapping[str, Any],
 ) -> str:
-  """A conversation as a template writes it; `HFTokenizer.render_chat` describes arguments and errors.
+  """Renders a conversation; `HFTokenizer.render_chat` describes arguments and errors.
 
   Args:
-    special: special tokens by name; a variable of the same name goes before.
+    special: special tokens by name; a variable of the same name takes precedence.
   """
-  given = {"tools": _plain(tools, "tools"), "documents": None, **special, **_plain(variables, "variables")}
-  given["messages"] = _plain_messages(messages)
-  given["strftime_now"] = lambda form: (now or datetime.datetime.now()).strftime(form)
+  context = {"tools": _copy_json(tools, "tools"), "documents": None, **special, **_copy_json(variables, "variables")}
+  context["messages"] = _copy_messages(messages)
+  context["strftime_now"] = lambda form: (now or datetime.datetime.now()).strftime(form)
   try:
-    return _compile(template.text).render(given, add_generation_prompt=add_generation_prompt)
+    return _compile(template.text).render(context, add_generation_prompt=add_generation_prompt)
   except jinja2.TemplateSyntaxError as error:
     raise ValueError(
-      f"The chat template {template.place} is not valid Jinja, line {error.lineno}: {error.message}. Correct it there, "
-      "or pass another as template=."
+      f"The chat template {template.origin} is not valid Jinja, line {error.lineno}: {error.message}. Correct it, "
+      "or pass another template as template=."
     ) from error
-  except Exception as error:  # a template is foreign code and fails as it likes
+  except Exception as error:  # a template is foreign code and can raise anything
     raise ValueError(
-      f"The chat template {template.place} refuses this conversation: {error} ({type(error).__name__}). Give the "
-      "messages it wants, or pass another as template=."
+      f"The chat template {template.origin} rejects this conversation: {error} ({type(error).__name__}). Pass the "
+      "messages that it expects, or another template as template=."
     ) from error
 
 
 @functools.lru_cache(maxsize=32)
 def _compile(text: str) -> jinja2.Template:
-  """A template in the dialect that chat templates are written in, in a sandbox: they come from strangers."""
+  """A compiled template with transformers' settings and extensions, in a sandbox: checkpoints are not trusted."""
   environment = sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.LoopControlExtension]
   )
@@ -130,9 +129,9 @@ def _compile(text: str) -> jinja2.Template:
 
 
 class _Generation(ext.Extension):
-  """`{% generation %}` ... `{% endgeneration %}` marks what the model wrote; it renders as what it encloses."""
+  """`{% generation %}` ... `{% endgeneration %}` marks the assistant's tokens; it renders as its content."""
 
-  tags = {"generation"}  # noqa: RUF012 (jinja2 wants a set)
+  tags = {"generation"}  # noqa: RUF012 (jinja2 requires a set)
 
   def parse(self, parser: Any) -> nodes.Node:
     line = next(parser.stream).lineno
@@ -140,7 +139,7 @@ class _Generation(ext.Extension):
 
 
 def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-  """Jinja's own filter would write `<` as an escape, for HTML."""
+  """Replaces Jinja's own filter, which escapes `<` for HTML."""
   return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -148,24 +147,24 @@ def _raise_exception(message: str):
   raise jinja2.TemplateError(message)
 
 
-def _plain(value: Any, name: str) -> Any:
-  """A copy of JSON's own types: a template gets nothing it could change, and no methods beyond theirs."""
+def _copy_json(value: Any, name: str) -> Any:
+  """A copy in JSON's types, so that a template cannot change the caller's objects or call their methods."""
   try:
     return json.loads(json.dumps(value))
   except (TypeError, ValueError) as error:
     raise ValueError(
-      f"{name} of a chat must be what JSON can hold (dicts, lists, text, numbers, None): {error}."
+      f"{name} of a chat must be JSON values (dicts, lists, text, numbers, None): {error}. Convert them first."
     ) from error
 
 
-def _plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Messages without keys that are None, and with reasoning under each name that templates look for."""
-  rows = _plain(messages, "messages")
-  if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+def _copy_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """A copy of the messages without keys that are None, and with the reasoning under each name that templates read."""
+  copies = _copy_json(messages, "messages")
+  if not isinstance(copies, list) or not copies or not all(isinstance(copy, dict) for copy in copies):
     raise ValueError(f"messages are {messages!r}; want a list of at least one {{'role': ..., 'content': ...}}.")
-  rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
-  for index, row in enumerate(rows):
-    reasoning = next((row[name] for name in _REASONING if name in row), None)
+  copies = [{key: value for key, value in copy.items() if value is not None} for copy in copies]
+  for index, copy in enumerate(copies):
+    reasoning = next((copy[name] for name in _REASONING if name in copy), None)
     if reasoning is not None:
-      rows[index] = {"thinking": reasoning, **row, "reasoning_content": reasoning}
-  return rows
+      copies[index] = {"thinking": reasoning, **copy, "reasoning_content": reasoning}
+  return copies

@@ -1,4 +1,4 @@
-"""Checkpoint folders with tiny tokenizers, made here, and conversations to render from them."""
+"""Checkpoint folders with tiny tokenizers trained here, and conversations to render with them."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from rspo_jax.tokenization.hf import load_tokenizer
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-WRITTEN = ("<think>", "</think>")  # added tokens that are not special: text that happens to be one token
+WRITTEN = ("<think>", "</think>")  # added tokens that are not special
 CORPUS = [
   "The quick brown fox jumps over the lazy dog. 3 7 12=22: 3+7+12",
   "def area(r):\n  return 3.14 * r ** 2  # the area of a circle\n",
@@ -27,7 +27,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 @functools.cache
 def byte_level() -> str:
-  """tokenizer.json of a byte-level BPE, as Qwen, Llama 3 and gpt-oss have."""
+  """tokenizer.json of a byte-level BPE, as of Qwen, Llama 3 and gpt-oss."""
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
@@ -43,12 +43,16 @@ def byte_level() -> str:
 
 
 def config(**entries) -> dict:
-  """tokenizer_config.json with more entries, or other ones, than CONFIG."""
+  """tokenizer_config.json with CONFIG and further or overriding entries."""
   return {"tokenizer_config.json": CONFIG | entries}
 
 
 def write_checkpoint(folder: pathlib.Path, files: dict) -> pathlib.Path:
-  """Files by name: text or a function that makes it, what JSON can hold, None for one that is missing."""
+  """Writes files by name, over a default tokenizer.json and tokenizer_config.json.
+
+  Args:
+    files: {name: content}; text, a function that returns text, a JSON value, or None to leave the file out.
+  """
   for name, content in {"tokenizer.json": byte_level, "tokenizer_config.json": CONFIG, **files}.items():
     if content is not None:
       path = folder / name
@@ -59,7 +63,7 @@ def write_checkpoint(folder: pathlib.Path, files: dict) -> pathlib.Path:
 
 
 def sentence_piece() -> str:
-  """tokenizer.json of a BPE over characters with bytes for the rest, which begins texts with <s>, as Mixtral has."""
+  """tokenizer.json of a BPE over characters with byte fallback and begin token <s>, as of Mixtral."""
   tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
   tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
   tokenizer.decoder = decoders.Sequence(
@@ -76,7 +80,7 @@ def sentence_piece() -> str:
 
 
 def composed() -> str:
-  """tokenizer.json of a byte-level BPE behind NFC and a regular expression, as Qwen has."""
+  """tokenizer.json of a byte-level BPE after NFC and a regular expression, as of Qwen."""
   split = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
   backend = tokenizers.Tokenizer.from_str(byte_level())
   backend.normalizer = normalizers.NFC()
@@ -117,7 +121,7 @@ CHECKPOINTS = {
 
 
 def both(folder, files):
-  """The tokenizer of a checkpoint as we and as transformers load it."""
+  """The tokenizer of a checkpoint, loaded by rspo_jax and by transformers."""
   transformers = pytest.importorskip("transformers")
   write_checkpoint(folder, files)
   return load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)

@@ -1,7 +1,7 @@
-"""Chat templates from the files of a checkpoint, and what they can do.
+"""Chat templates in the files of a checkpoint, their features and their limits.
 
-The parity tests hold rendered chats and their ids against transformers: for templates written here in the style of
-public ones, and for the real ones that an installed package carries.
+The parity tests compare rendered chats and their ids with transformers: for templates in the style of public ones, and
+for templates of published models that an installed package contains.
 """
 
 import datetime
@@ -26,7 +26,7 @@ from tests.support.tokenizer_cases import (
 
 @pytest.fixture
 def load(tmp_path):
-  """(files) -> the tokenizer of a checkpoint that has them."""
+  """(files) -> the tokenizer of a checkpoint with these files."""
   return lambda files: load_tokenizer(write_checkpoint(tmp_path, files))
 
 
@@ -35,7 +35,7 @@ def tokenizer(tmp_path_factory):
   return load_tokenizer(write_checkpoint(tmp_path_factory.mktemp("checkpoint"), {"chat_template.jinja": CHATML}))
 
 
-# Where templates are
+# Locations of templates
 
 
 FILE = {"chat_template.jinja": "file"}
@@ -44,7 +44,7 @@ TWO = [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]
 
 
 @pytest.mark.parametrize(
-  ("files", "wanted"),
+  ("files", "expected"),
   [
     ({}, {}),
     (config(chat_template=TWO), {"default": "a", "rag": "b"}),
@@ -54,24 +54,24 @@ TWO = [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]
     (config(chat_template="config") | OLDER, {"default": "config"}),
   ],
 )
-def test_templates_are_found_wherever_checkpoints_keep_them(load, files, wanted):
+def test_templates_are_found_in_all_locations_of_checkpoints(load, files, expected):
   tokenizer = load(files)
-  assert {name: template.text for name, template in tokenizer.templates.items()} == wanted
-  for name, text in wanted.items():
+  assert {name: template.text for name, template in tokenizer.templates.items()} == expected
+  for name, text in expected.items():
     assert tokenizer.render_chat(HELLO, template=name) == text
 
 
-def test_the_template_for_tools_is_used_if_there_are_tools(load):
+def test_the_tool_use_template_is_the_default_if_there_are_tools(load):
   tokenizer = load(FILE | {"additional_chat_templates/tool_use.jinja": "{{ tools | length }} tools"})
   assert tokenizer.render_chat(HELLO) == "file"
   assert tokenizer.render_chat(HELLO, tools=TOOLS) == "2 tools"
   assert tokenizer.render_chat(HELLO, tools=TOOLS, template="default") == "file"
 
 
-# What templates can do
+# Features of templates
 
 
-def test_a_chat_is_rendered_and_its_special_tokens_become_ids(tokenizer):
+def test_special_tokens_of_a_rendered_chat_become_their_ids(tokenizer):
   text = "<|im_start|>user\nHello<|im_end|>\n"
   assert tokenizer.render_chat(HELLO, add_generation_prompt=False) == text
   assert tokenizer.render_chat(HELLO) == f"{text}<|im_start|>assistant\n"
@@ -81,9 +81,9 @@ def test_a_chat_is_rendered_and_its_special_tokens_become_ids(tokenizer):
 
 
 @pytest.mark.parametrize(
-  ("template", "wanted"),
+  ("template", "expected"),
   [
-    ("  {% if true %}\n  yes\n  {% endif %}\n no\n", "  yes\n no"),  # a block's line leaves no trace
+    ("  {% if true %}\n  yes\n  {% endif %}\n no\n", "  yes\n no"),  # the line of a block is removed
     ("{{ messages[0].content }}|{{ missing }}|{{ documents }}", "Hello||None"),
     ("{{ {'a': '<é>', 'b': [1, none]} | tojson }}", '{"a": "<é>", "b": [1, null]}'),
     ("{{ {'b': 1, 'a': 2} | tojson(indent=1, sort_keys=true) }}", '{\n "a": 2,\n "b": 1\n}'),
@@ -96,16 +96,16 @@ def test_a_chat_is_rendered_and_its_special_tokens_become_ids(tokenizer):
     ("{{ enable_thinking }}{{ add_generation_prompt }}{{ tools is none }}", "FalseTrueTrue"),
   ],
 )  # fmt: skip
-def test_templates_have_what_chat_templates_expect(tokenizer, template, wanted):
+def test_templates_have_the_features_of_transformers(tokenizer, template, expected):
   now = datetime.datetime(2024, 2, 29)
-  assert tokenizer.render_chat(HELLO, template=template, now=now, enable_thinking=False) == wanted
+  assert tokenizer.render_chat(HELLO, template=template, now=now, enable_thinking=False) == expected
 
 
-def test_a_variable_goes_before_the_special_token_of_its_name(tokenizer):
+def test_a_variable_overrides_the_special_token_of_its_name(tokenizer):
   assert tokenizer.render_chat(HELLO, template="{{ eos_token }}", eos_token="</s>") == "</s>"
 
 
-def test_messages_lose_empty_keys_and_show_reasoning_under_each_name(tokenizer):
+def test_messages_drop_empty_keys_and_have_reasoning_under_each_name(tokenizer):
   messages = [{"role": "assistant", "content": None, "reasoning": "Hm."}]
   assert tokenizer.render_chat(messages, template="{{ messages[0] | tojson(sort_keys=true) }}") == (
     '{"reasoning": "Hm.", "reasoning_content": "Hm.", "role": "assistant", "thinking": "Hm."}'
@@ -122,7 +122,7 @@ def test_messages_lose_empty_keys_and_show_reasoning_under_each_name(tokenizer):
     "{{ raise_exception.__globals__.json }}",
   ],
 )
-def test_a_template_cannot_change_its_arguments_or_reach_into_python(tokenizer, template):
+def test_a_template_cannot_change_its_arguments_or_access_python(tokenizer, template):
   messages = [dict(HELLO[0])]
   with pytest.raises(ValueError, match="SecurityError"):
     tokenizer.render_chat(messages, template=template)
@@ -139,7 +139,7 @@ def test_a_template_cannot_change_its_arguments_or_reach_into_python(tokenizer, 
     ({"chat_template.json": {"chat_template": 7}}, r"chat_template.json has a chat_template that is neither"),
   ],
 )
-def test_a_file_whose_chat_template_cannot_be_one_is_named(load, files, message):
+def test_a_file_with_a_malformed_chat_template_is_named_in_the_error(load, files, message):
   with pytest.raises(ValueError, match=message):
     load(files)
 
@@ -151,28 +151,28 @@ def test_a_file_whose_chat_template_cannot_be_one_is_named(load, files, message)
     (
       HELLO,
       {"template": "{{ raise_exception('No tools here.') }}"},
-      r"template= refuses this conversation: No tools here.",
+      r"template= rejects this conversation: No tools here.",
     ),
     (HELLO, {"template": "a\n{% if %}"}, r"template= is not valid Jinja, line 2"),
-    (HELLO, {"template": "{{ 1 + 'a' }}"}, r"refuses this conversation: .*TypeError"),
-    ([{"role": "user"}], {}, r"chat_template.jinja refuses this conversation: .*UndefinedError"),
+    (HELLO, {"template": "{{ 1 + 'a' }}"}, r"rejects this conversation: .*TypeError"),
+    ([{"role": "user"}], {}, r"chat_template.jinja rejects this conversation: .*UndefinedError"),
     ([], {}, r"messages are \[\]; want a list"),
     (["Hello"], {}, r"messages are \['Hello'\]; want a list"),
-    ([{"role": "user", "content": b"Hello"}], {}, r"messages of a chat must be what JSON can hold"),
-    (HELLO, {"tools": [len]}, r"tools of a chat must be what JSON can hold"),
+    ([{"role": "user", "content": b"Hello"}], {}, r"messages of a chat must be JSON values"),
+    (HELLO, {"tools": [len]}, r"tools of a chat must be JSON values"),
   ],
 )
-def test_a_chat_that_cannot_be_rendered_says_where_and_why(tokenizer, messages, options, message):
+def test_a_chat_that_cannot_be_rendered_is_rejected_with_the_reason(tokenizer, messages, options, message):
   with pytest.raises(ValueError, match=message):
     tokenizer.render_chat(messages, **options)
 
 
-def test_a_checkpoint_without_a_template_says_where_to_put_one(load):
+def test_a_checkpoint_without_a_template_is_an_error_with_the_cure(load):
   with pytest.raises(ValueError, match=r"no chat template 'default'; it has none.*chat_template.jinja"):
     load({}).render_chat(HELLO)
 
 
-# Against transformers
+# Comparison with transformers
 
 STYLES = {
   "chatml_with_tools_and_thoughts": """{%- set ns = namespace(last=-1) %}
@@ -292,13 +292,13 @@ STYLES = {
 """,
 }  # fmt: skip
 
-TRL = importlib.util.find_spec("trl")  # carries templates of published models; found, not imported
+TRL = importlib.util.find_spec("trl")  # contains templates of published models; located, not imported
 REAL = sorted((pathlib.Path(TRL.origin).parent / "chat_templates").glob("*.jinja")) if TRL else []
-NO_REAL = "no installed package has chat templates of published models: pip install --no-deps trl (0.9 MB) has"
+NO_REAL = "no installed package has chat templates of published models; pip install --no-deps trl (0.9 MB) does"
 
 
 def outcome(render):
-  """What a template writes, or None where it refuses."""
+  """The rendered text, or None if the template rejects the conversation."""
   try:
     return render()
   except Exception:
@@ -306,32 +306,32 @@ def outcome(render):
 
 
 def assert_same_chats(ours, theirs):
-  """On every conversation under all options: the same text and ids, or a refusal by both."""
+  """Every conversation under all options gives the same text and ids, or is rejected by both."""
   rendered = 0
   for name, messages in CONVERSATIONS.items():
     for options_name, options in OPTIONS.items():
       options = {"add_generation_prompt": True, **options}
       text = outcome(lambda: ours.render_chat(messages, **options))  # noqa: B023
-      wanted = outcome(lambda: theirs.apply_chat_template(messages, tokenize=False, **options))  # noqa: B023
-      assert text == wanted, (name, options_name)
+      expected = outcome(lambda: theirs.apply_chat_template(messages, tokenize=False, **options))  # noqa: B023
+      assert text == expected, (name, options_name)
       if text is not None:
         rendered += 1
         ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
         assert ours.encode_chat(messages, **options) == ids, (name, options_name)
-  assert rendered >= len(OPTIONS) * 4, "a template that refuses nearly everything proves nothing"
+  assert rendered >= len(OPTIONS) * 4, "a template that rejects nearly every conversation tests nothing"
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("checkpoint", ["byte_level", "sentence_piece"])
 @pytest.mark.parametrize("style", STYLES)
-def test_chats_in_the_style_of_public_templates_equal_those_of_transformers(tmp_path, style, checkpoint):
+def test_chats_in_the_style_of_public_templates_equal_transformers(tmp_path, style, checkpoint):
   assert_same_chats(*both(tmp_path, {**CHECKPOINTS[checkpoint], "chat_template.jinja": STYLES[style]}))
 
 
 @pytest.mark.parity
 @pytest.mark.skipif(not REAL, reason=NO_REAL)
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
-def test_chats_of_real_templates_equal_those_of_transformers(tmp_path, path):
+def test_chats_of_published_templates_equal_transformers(tmp_path, path):
   files = {"chat_template.jinja": path.read_text(encoding="utf-8")}
   assert_same_chats(*both(tmp_path, files | config(bos_token="<|im_start|>")))
 
@@ -349,5 +349,5 @@ def test_chats_of_real_templates_equal_those_of_transformers(tmp_path, path):
     config(image_token="<think>", chat_template="{{ image_token }}{{ messages }}"),
   ],
 )
-def test_transformers_takes_the_same_template_and_names_from_the_same_place(tmp_path, files):
+def test_transformers_reads_the_same_template_and_special_tokens(tmp_path, files):
   assert_same_chats(*both(tmp_path, files))

@@ -1,4 +1,4 @@
-"""Tokenizers from the files of checkpoints with tiny vocabularies; the parity tests hold them against transformers."""
+"""Tokenizers of checkpoints with tiny vocabularies; the parity tests compare them with transformers."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ from tests.support.tokenizer_cases import (
 
 @pytest.fixture
 def load(tmp_path):
-  """(files) -> the tokenizer of a checkpoint that has them."""
+  """(files) -> the tokenizer of a checkpoint with these files."""
   return lambda files: load_tokenizer(write_checkpoint(tmp_path, files))
 
 
@@ -42,41 +42,41 @@ def tokenizer(tmp_path_factory):
 
 
 @given(text=st.text())
-def test_any_text_survives_byte_level_tokens(tokenizer, text):
+def test_decode_inverts_encode_for_any_text(tokenizer, text):
   ids = tokenizer.encode(text)
   assert all(0 <= i < tokenizer.vocab_size for i in ids)
   assert tokenizer.decode(ids) == text
   assert tokenizer.decode(np.array([*ids, tokenizer.eos_id, 5], np.int32)) == text
 
 
-SPECIAL_OR_NEARLY = [*SPECIAL, "<|", "|>", "im_start", "im_end", "endoftext", "<", "|", ">", " "]
+SPECIAL_AND_SIMILAR = [*SPECIAL, "<|", "|>", "im_start", "im_end", "endoftext", "<", "|", ">", " "]
 
 
-@given(text=st.lists(st.sampled_from(SPECIAL_OR_NEARLY) | st.text()).map("".join))
-def test_special_tokens_written_out_and_nothing_else_become_their_ids(tokenizer, text):
+@given(text=st.lists(st.sampled_from(SPECIAL_AND_SIMILAR) | st.text()).map("".join))
+def test_exactly_the_spelled_out_special_tokens_become_their_ids(tokenizer, text):
   parts = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text)
   ids = [[SPECIAL.index(part)] if part in SPECIAL else tokenizer.encode(part) for part in parts]
   assert tokenizer.encode(text) == list(itertools.chain(*ids))
   assert all(i >= len(SPECIAL) for i in itertools.chain(*ids[::2]))
 
 
-def test_decoding_leaves_out_special_tokens_and_keeps_the_other_added_ones(tokenizer):
+def test_decoding_drops_special_tokens_and_keeps_other_added_tokens(tokenizer):
   text = "<|im_start|>assistant\n<think>Hm.</think>Yes<|endoftext|>."
   assert tokenizer.decode(tokenizer.encode(text)) == "assistant\n<think>Hm.</think>Yes."
 
 
-def test_ids_without_a_token_read_as_replacement_characters(tokenizer):
+def test_ids_without_a_token_become_replacement_characters(tokenizer):
   a, z = tokenizer.encode("a!")
   size = tokenizer.vocab_size
   assert tokenizer.decode([a, size, size + 7, -1, z, 10**9]) == "a\ufffd\ufffd\ufffd!\ufffd"
 
 
-def test_the_vocabulary_counts_added_tokens(tokenizer):
+def test_the_vocabulary_size_includes_added_tokens(tokenizer):
   assert tokenizer.vocab_size == 330 + len(WRITTEN)
   assert token_id(tokenizer, WRITTEN[-1]) == tokenizer.vocab_size - 1
 
 
-def test_truncation_and_padding_of_the_file_are_off(load):
+def test_truncation_and_padding_of_the_file_are_ignored(load):
   backend = tokenizers.Tokenizer.from_str(byte_level())
   backend.enable_truncation(4)
   backend.enable_padding(length=64)
@@ -86,16 +86,16 @@ def test_truncation_and_padding_of_the_file_are_off(load):
   assert 4 < len(tokenizer.encode(text)) < 64
 
 
-def test_half_a_surrogate_pair_is_refused_as_a_value_error(tokenizer):
-  with pytest.raises(ValueError, match="half a surrogate pair"):
+def test_an_unpaired_surrogate_is_a_value_error(tokenizer):
+  with pytest.raises(ValueError, match="an unpaired surrogate"):
     tokenizer.encode("a\ud83d")
 
 
-# End and begin tokens
+# Begin and end tokens
 
 
 @pytest.mark.parametrize(
-  ("files", "wanted"),
+  ("files", "expected"),
   [
     ({}, ["<|im_end|>"]),
     ({"generation_config.json": {"eos_token_id": [0, 1, 2]}}, ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]),
@@ -113,32 +113,32 @@ def test_half_a_surrogate_pair_is_refused_as_a_value_error(tokenizer):
     ({"tokenizer_config.json": {"eos_token": {"content": "<|im_start|>", "lstrip": False}}}, ["<|im_start|>"]),
   ],
 )
-def test_stop_ids_are_the_end_token_and_what_generation_stops_at(load, files, wanted):
+def test_stop_ids_are_the_end_token_and_the_eos_ids_of_generation(load, files, expected):
   tokenizer = load(files)
-  assert tokenizer.stop_ids == tuple(token_id(tokenizer, token) for token in wanted)
+  assert tokenizer.stop_ids == tuple(token_id(tokenizer, token) for token in expected)
   assert tokenizer.eos_id == tokenizer.stop_ids[0]
-  for stop in wanted:
+  for stop in expected:
     assert tokenizer.decode(tokenizer.encode(f"3+7{stop}12")) == "3+7"
 
 
-def test_a_text_begins_with_what_the_file_or_the_config_puts_there(load):
-  begins = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+def test_the_begin_token_follows_the_config_then_the_file(load):
+  begin = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
   backend = tokenizers.Tokenizer.from_str(byte_level())
-  backend.post_processor = begins
-  begun = {"tokenizer.json": backend.to_str()}
+  backend.post_processor = begin
+  with_begin = {"tokenizer.json": backend.to_str()}
   bos = {"bos_token": "<|endoftext|>"}
   assert load(config(**bos)).bos_id is None
   assert load(config(**bos, add_bos_token=True)).bos_id == 0
-  assert load(config(**bos) | begun).bos_id == 0
-  assert load(config(**bos, add_bos_token=False) | begun).bos_id is None
-  assert load(begun).bos_id is None  # the token has no name here
-  assert load(config(**bos) | begun).encode("3+7")[0] != 0
+  assert load(config(**bos) | with_begin).bos_id == 0
+  assert load(config(**bos, add_bos_token=False) | with_begin).bos_id is None
+  assert load(with_begin).bos_id is None  # bos_token is not named
+  assert load(config(**bos) | with_begin).encode("3+7")[0] != 0
 
 
 # Special and added tokens
 
 
-def test_names_come_from_the_map_of_special_tokens_only_where_added_tokens_are_not_listed(load):
+def test_the_map_of_special_tokens_is_used_only_if_added_tokens_are_not_listed(load):
   special_map = {"eos_token": {"content": "<|endoftext|>", "rstrip": False}, "additional_special_tokens": ["<think>"]}
   files = {"special_tokens_map.json": special_map}
   assert load(files).eos_id == 0
@@ -146,7 +146,7 @@ def test_names_come_from_the_map_of_special_tokens_only_where_added_tokens_are_n
   assert load(files | config(added_tokens_decoder=listed)).eos_id == 2
 
 
-CALLED_SPECIAL = [  # entries of tokenizer_config.json; ID stands for the token's
+CALLED_SPECIAL = [  # entries of tokenizer_config.json; ID is replaced by the token's id
   {"bos_token": "and"},
   {"image_token": "and"},
   {"extra_special_tokens": ["and"]},
@@ -161,7 +161,7 @@ def fill_in(entries, i):
 
 
 @pytest.mark.parametrize("entries", CALLED_SPECIAL)
-def test_a_plain_token_that_the_config_calls_special_is_special(load, entries):
+def test_a_plain_token_listed_as_special_in_the_config_is_special(load, entries):
   i = token_id(load({}), "and")
   assert i is not None
   assert load({}).decode([i]) == "and"
@@ -170,7 +170,7 @@ def test_a_plain_token_that_the_config_calls_special_is_special(load, entries):
   assert tokenizer.encode("randy") == [*tokenizer.encode("r"), i, *tokenizer.encode("y")]
 
 
-def test_tokens_that_only_the_config_lists_are_added_in_the_order_of_their_ids(load):
+def test_tokens_listed_only_in_the_config_are_added_in_the_order_of_their_ids(load):
   size = load({}).vocab_size
   listed = {str(size + k): {"content": f"<t{k}>", "special": k % 2 == 0} for k in (10, 2, 1, 0, 3, 4, 5, 6, 7, 8, 9)}
   tokenizer = load(config(added_tokens_decoder=listed))
@@ -179,7 +179,7 @@ def test_tokens_that_only_the_config_lists_are_added_in_the_order_of_their_ids(l
   assert tokenizer.decode([size, size + 1]) == "<t1>"
 
 
-def test_a_special_token_without_an_id_is_given_none(load):
+def test_a_special_token_without_an_id_does_not_get_one(load):
   tokenizer = load(config(pad_token="<pad>"))
   assert tokenizer.vocab_size == load({}).vocab_size
   assert tokenizer.special["pad_token"] == "<pad>"
@@ -205,21 +205,21 @@ def test_a_special_token_without_an_id_is_given_none(load):
     (config(pad_token={"text": "x"}), r"tokenizer_config.json or special_tokens_map.json describes a token"),
     (
       config(added_tokens_decoder={"7": {"content": "<|im_end|>"}}),
-      r"says that '<\|im_end\|>' has id 7, but with tokenizer.json it gets 2",
+      r"gives '<\|im_end\|>' the id 7, but tokenizer.json gives it 2",
     ),
   ],
 )
-def test_what_is_wrong_with_a_checkpoint_is_named(load, files, message):
+def test_errors_in_the_files_of_a_checkpoint_are_named(load, files, message):
   with pytest.raises(ValueError, match=message):
     load(files)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
+def test_an_absent_folder_is_named_in_the_error(tmp_path):
   with pytest.raises(ValueError, match=r"nowhere is not a folder"):
     load_tokenizer(tmp_path / "nowhere")
 
 
-# Against transformers
+# Comparison with transformers
 
 
 def texts():
@@ -236,7 +236,7 @@ def texts():
 
 @pytest.mark.parity
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_ids_and_texts_equal_those_of_transformers(tmp_path, checkpoint):
+def test_ids_and_texts_equal_transformers(tmp_path, checkpoint):
   ours, theirs = both(tmp_path, CHECKPOINTS[checkpoint])
   assert ours.vocab_size == len(theirs)
   assert ours.eos_id == theirs.eos_token_id
@@ -251,7 +251,7 @@ def test_ids_and_texts_equal_those_of_transformers(tmp_path, checkpoint):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("entries", CALLED_SPECIAL)
-def test_transformers_calls_the_same_tokens_special(tmp_path, tokenizer, entries):
+def test_transformers_treats_the_same_tokens_as_special(tmp_path, tokenizer, entries):
   i = token_id(tokenizer, "and")
   ours, theirs = both(tmp_path, config(**fill_in(entries, i)))
   assert ours.special == theirs.special_tokens_map
