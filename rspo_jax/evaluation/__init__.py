@@ -1,6 +1,7 @@
-"""How good a policy is: estimators with confidence intervals, the log of completions, and the summary of a run.
+"""Evaluation of a policy: estimators with confidence intervals, the log of completions, and the tables of the results.
 
-Drawing completions is `rspo_jax.rollout`, scoring them `rspo_jax.rewards`.
+Sampling completions belongs to `rspo_jax.rollout`, scoring them to `rspo_jax.rewards`; plots and the commands that
+evaluate and compare checkpoints belong to the experiments.
 """
 
 from rspo_jax.evaluation.completion_log import (
@@ -11,42 +12,51 @@ from rspo_jax.evaluation.completion_log import (
   completions_of,
   digest,
   join,
+  log_path,
   read_lines,
 )
 from rspo_jax.evaluation.estimators import (
-  OVER,
+  BOOTSTRAP_UNITS,
   avg_at_k,
   bootstrap,
   interval,
   macro_average,
   maj_at_k,
+  normalize_answer,
   pass_at_k,
   powers_of_two,
-  vote,
 )
 from rspo_jax.evaluation.summary import (
   Estimates,
+  Table,
+  comparison_notes,
+  comparison_rows,
   curve_rows,
   describe,
   estimates,
   group_name,
   k_of,
   markdown,
+  measures_by_name,
   note,
   percent,
+  section,
   summarize,
   table_rows,
   write_up,
 )
 
 __all__ = [
-  "OVER",
+  "BOOTSTRAP_UNITS",
   "CompletionLog",
   "Completions",
   "Estimates",
   "Generate",
+  "Table",
   "avg_at_k",
   "bootstrap",
+  "comparison_notes",
+  "comparison_rows",
   "complete_in_batches",
   "completions_of",
   "curve_rows",
@@ -57,16 +67,19 @@ __all__ = [
   "interval",
   "join",
   "k_of",
+  "log_path",
   "macro_average",
   "maj_at_k",
   "markdown",
+  "measures_by_name",
+  "normalize_answer",
   "note",
   "pass_at_k",
   "percent",
   "powers_of_two",
   "read_lines",
+  "section",
   "summarize",
   "table_rows",
-  "vote",
   "write_up",
 ]

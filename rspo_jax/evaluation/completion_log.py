@@ -1,4 +1,4 @@
-"""Completions of problems that a policy was not trained on: drawn batch by batch, judged, kept as JSON lines."""
+"""Completions of held-out problems: sampled batch by batch, scored, and logged as JSON lines."""
 
 import hashlib
 import json
@@ -14,17 +14,17 @@ from rspo_jax.data.examples import Example
 from rspo_jax.rewards.base import Scores, score_completions
 from rspo_jax.rewards.table import Reward
 
-# (`batch_problems` examples, number of the first) -> texts, their lengths in tokens, whether a stop token ended each.
+# (`batch_problems` examples, index of the first) -> texts, their lengths in tokens, whether each ended in a stop token.
 Generate = Callable[[Sequence[Example], int], tuple[Sequence[str], np.ndarray, np.ndarray]]
 
 
 class Completions(NamedTuple):
-  """Completions of examples, prompt-major: k texts of the first example, then of the second.
+  """Completions of N examples, prompt-major: k completions of the first example, then of the second, and so on.
 
   Attributes:
-    texts: N * k strings. tokens: [N * k] int, length in tokens. scores: their rewards.
+    texts: N * k strings. tokens: [N * k] int, lengths in tokens. scores: their rewards.
     samples: k.
-    finished: [N * k] bool, ended by a stop token and not by the length limit; None where that is not known.
+    finished: [N * k] bool, ended by a stop token, not by the length limit; None if unknown.
   """
 
   texts: tuple[str, ...]
@@ -45,7 +45,7 @@ class Completions(NamedTuple):
 
   @property
   def answers_by_problem(self) -> list[tuple[str, ...]]:
-    """N times the k answers that were judged, '' for none."""
+    """The k extracted answers of each of the N problems, '' where a completion has none."""
     answers = self.scores.answer or ("",) * len(self.texts)
     return [answers[start : start + self.samples] for start in range(0, len(answers), self.samples)]
 
@@ -59,14 +59,16 @@ def complete_in_batches(
   batch_problems: int,
   first: int = 0,
 ) -> Iterator[Completions]:
-  """Completes every example and judges the completions, one batch after another.
+  """Samples and scores completions of every example, one batch after another.
 
   Args:
-    generate: draws `samples` completions of each of a batch's examples.
-    reward: judges them.
-    examples: N of them; the last batch is filled up with repetitions, which are thrown away.
+    generate: samples `samples` completions of each example of a batch.
+    reward: scores them.
+    examples: N of them; the last batch is padded with repeated examples, whose completions are dropped.
     samples: k. batch_problems: examples per call of `generate`.
-    first: examples that are done already, whole batches.
+    first: index of the first example to complete, a multiple of `batch_problems`; the ones before it are done.
+  Yields:
+    The completions of a batch.
   Raises:
     ValueError: no examples.
   """
@@ -74,42 +76,42 @@ def complete_in_batches(
     raise ValueError("there are no examples to evaluate on; check the data set's held-out split.")
   for start in range(first, len(examples), batch_problems):
     batch = list(examples[start : start + batch_problems])
-    filled = [batch[i % len(batch)] for i in range(batch_problems)]
+    padded = [batch[i % len(batch)] for i in range(batch_problems)]
     count = len(batch) * samples
-    texts, tokens, finished = (part[:count] for part in generate(filled, start))
+    texts, tokens, finished = (values[:count] for values in generate(padded, start))
     repeated = [example for example in batch for _ in range(samples)]
     yield Completions(tuple(texts), tokens, score_completions(reward, texts, repeated, tokens), samples, finished)
 
 
-def join(pieces: Iterable[Completions]) -> Completions:
-  """Batches of completions, one after another, as one."""
-  pieces = list(pieces)
-  scores = [piece.scores for piece in pieces]
+def join(batches: Iterable[Completions]) -> Completions:
+  """Batches of completions, concatenated in order."""
+  batches = list(batches)
+  scores = [batch.scores for batch in batches]
   return Completions(
-    tuple(text for piece in pieces for text in piece.texts),
-    np.concatenate([piece.tokens for piece in pieces]),
+    tuple(text for batch in batches for text in batch.texts),
+    np.concatenate([batch.tokens for batch in batches]),
     Scores(
       *(np.concatenate([getattr(s, name) for s in scores]) for name in ("reward", "success", "format")),
       *(tuple(item for s in scores for item in getattr(s, name)) for name in ("reason", "answer")),
     ),
-    pieces[0].samples,
-    None if pieces[0].finished is None else np.concatenate([piece.finished for piece in pieces]),
+    batches[0].samples,
+    None if batches[0].finished is None else np.concatenate([batch.finished for batch in batches]),
   )
 
 
 class CompletionLog:
-  """Completions as JSON lines, one each, in the order of problems and samples. docs/evaluation.md has the fields.
+  """A file of completions, one JSON line each, ordered by problem, then sample. docs/evaluation.md lists the fields.
 
-  Batches are appended and flushed whole. A file that a kill left with part of a batch is cut back to the last whole one
-  when it is opened, so that an evaluation goes on as if nothing had happened. Only process 0 writes.
+  A batch is appended and flushed as a whole. If a kill left part of a batch in the file, opening the log truncates the
+  file to the last complete batch, so that a resumed evaluation gives the same file. Only process 0 writes.
 
   Args:
     path: of the file.
-    benchmark: name, in every line.
+    benchmark: its name, a field of every line.
     examples: N of them. samples: k. batch_problems: as for `complete_in_batches`.
 
   Attributes:
-    done: problems that are in the file.
+    done: number of problems in the file.
   """
 
   def __init__(
@@ -123,7 +125,7 @@ class CompletionLog:
       os.truncate(self.path, ends[self.done * samples - 1] if self.done else 0)
 
   def append(self, batch: Completions) -> None:
-    """Writes the completions of the next problems."""
+    """Writes the completions of the next batch of problems."""
     lines = [json.dumps(line, allow_nan=False) + "\n" for line in self._lines(batch)]
     if jax.process_index() == 0:
       self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,15 +158,20 @@ class CompletionLog:
 
 
 def digest(values: Iterable[Any]) -> str:
-  """Twelve hexadecimal digits that differ (but for a chance of 2^-48) where the values read differently."""
+  """Twelve hexadecimal digits of a hash of the values' `repr`; the chance of a collision is 2^-48."""
   return hashlib.sha256("\0".join(map(repr, values)).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
+def log_path(workdir: str | os.PathLike, benchmark: str, mode: str) -> Path:
+  """The file of a benchmark's completions in the workdir of an evaluation; mode: "sampled" or "greedy"."""
+  return Path(workdir) / "completions" / f"{benchmark}.{mode}.jsonl"
+
+
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The whole lines of a file of completions, [] where there is none; what a kill cut in half is left out.
+  """The complete lines of a file of completions, [] if there is no file; an incomplete last line is left out.
 
   Raises:
-    ValueError: a line that is no completion; names the file and the line.
+    ValueError: a line is not a completion; names the file and the line.
   """
   path = Path(path)
   if not path.exists():
@@ -174,7 +181,7 @@ def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def completions_of(lines: Sequence[Mapping[str, Any]]) -> Completions:
-  """Lines of whole problems, each with as many samples, as completions."""
+  """The completions in lines of a log: all samples of each problem, the same number for every problem."""
 
   def column(name: str) -> list[Any]:
     return [line[name] for line in lines]
@@ -192,7 +199,7 @@ def completions_of(lines: Sequence[Mapping[str, Any]]) -> Completions:
 
 
 def _ends_of_lines(path: Path) -> list[int]:
-  """Offset behind each whole line, up to the first that is none."""
+  """The end offset of each line, up to the first that is incomplete or not JSON."""
   ends, offset = [], 0
   if not path.exists():
     return ends
@@ -211,11 +218,11 @@ def _ends_of_lines(path: Path) -> list[int]:
 
 def _read_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
   try:
-    found = json.loads(line)
-    _ = found["problem"], found["sample"], found["success"]
-    return found
+    fields = json.loads(line)
+    _ = fields["problem"], fields["sample"], fields["success"]
+    return fields
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(
-      f"{path}, line {number} is no completion ({type(error).__name__}: {error}); run the evaluation again, which "
-      "goes on before that line."
+      f"{path}, line {number} is not a completion ({type(error).__name__}: {error}); run the evaluation again, which "
+      "continues before that line."
     ) from error

@@ -1,4 +1,4 @@
-"""Batches of completions, and the file that keeps them through kills."""
+"""Completions in batches, and the log that resumes after a kill."""
 
 import json
 
@@ -22,12 +22,12 @@ SAMPLES, BATCH = 2, 3
 
 
 def reward(text, example):
-  right = text == str(example.gold)
-  return RewardResult(0.1 + 0.9 * right, right, True, "right" if right else "wrong", text)
+  correct = text == str(example.gold)
+  return RewardResult(0.1 + 0.9 * correct, correct, True, "right" if correct else "wrong", text)
 
 
 class Generator:
-  """Gives the right answer to even rows; remembers its calls."""
+  """Returns the correct answer for the first sample of each example; records its calls."""
 
   def __init__(self):
     self.calls = []
@@ -48,7 +48,7 @@ def open_log(path):
 
 
 def write(path):
-  """Writes what is missing; returns the calls of the generator."""
+  """Completes the log; returns the calls of the generator."""
   log, generate = open_log(path), Generator()
   for batch in batches(generate, log.done):
     log.append(batch)
@@ -56,10 +56,10 @@ def write(path):
   return generate.calls
 
 
-def test_every_example_is_completed_once_in_batches_of_one_size():
+def test_every_example_is_completed_once_in_batches_of_equal_size():
   generate = Generator()
   found = join(batches(generate))
-  assert generate.calls == [(0, 3), (3, 3), (6, 3)]  # the last one filled up
+  assert generate.calls == [(0, 3), (3, 3), (6, 3)]  # the last one is padded
   assert len(found.texts) == 14 and found.success == 0.5
   assert found.texts[::2] == tuple(str(e.gold) for e in EXAMPLES)
   np.testing.assert_array_equal(found.success_by_problem, [[True, False]] * 7)
@@ -67,12 +67,12 @@ def test_every_example_is_completed_once_in_batches_of_one_size():
   np.testing.assert_array_equal(found.tokens[-2:], [60, 61])
 
 
-def test_no_examples_are_an_error():
+def test_without_examples_there_is_an_error():
   with pytest.raises(ValueError, match="no examples"):
     next(complete_in_batches(Generator(), reward, [], samples=1, batch_problems=1))
 
 
-def test_lines_say_everything_of_a_completion_and_come_back_as_completions(tmp_path):
+def test_lines_hold_all_fields_and_are_read_back_as_completions(tmp_path):
   path = tmp_path / "new" / "sums.jsonl"
   write(path)
   lines = read_lines(path)
@@ -81,15 +81,15 @@ def test_lines_say_everything_of_a_completion_and_come_back_as_completions(tmp_p
     "benchmark": "sums", "problem": 6, "sample": 0, "gold": digest([7]), "prompt": "6+1=", "completion": "7",
     "tokens": 60, "finished": True, "reward": 1.0, "success": True, "format": True, "why": "right", "answer": "7",
   }  # fmt: skip
-  found, wanted = completions_of(lines), join(batches(Generator()))
-  assert found.texts == wanted.texts and found.samples == SAMPLES
+  restored, expected = completions_of(lines), join(batches(Generator()))
+  assert restored.texts == expected.texts and restored.samples == SAMPLES
   for name in ("reward", "success", "format", "reason", "answer"):
-    np.testing.assert_array_equal(getattr(found.scores, name), getattr(wanted.scores, name))
-  np.testing.assert_array_equal(found.tokens, wanted.tokens)
-  np.testing.assert_array_equal(found.finished, wanted.finished)
+    np.testing.assert_array_equal(getattr(restored.scores, name), getattr(expected.scores, name))
+  np.testing.assert_array_equal(restored.tokens, expected.tokens)
+  np.testing.assert_array_equal(restored.finished, expected.finished)
 
 
-def test_a_file_cut_anywhere_goes_on_after_the_last_whole_batch_to_the_same_bytes(tmp_path):
+def test_a_truncated_file_continues_after_its_last_complete_batch_to_the_same_bytes(tmp_path):
   path, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
   write(path)
   whole = path.read_bytes()
@@ -102,7 +102,7 @@ def test_a_file_cut_anywhere_goes_on_after_the_last_whole_batch_to_the_same_byte
     assert [first for first, _ in calls] == [3 * i for i in range(3) if batch_ends[i + 1] > size], size
 
 
-def test_a_finished_file_is_left_alone_and_a_line_of_rubbish_ends_what_counts(tmp_path):
+def test_a_finished_file_is_unchanged_and_lines_after_a_corrupt_one_are_dropped(tmp_path):
   path = tmp_path / "a.jsonl"
   write(path)
   whole = path.read_bytes()
@@ -125,7 +125,7 @@ def test_only_process_zero_writes(tmp_path, monkeypatch):
   assert whole.read_bytes() == before and not (tmp_path / "b.jsonl").exists()
 
 
-def test_reading_leaves_out_half_a_line_and_names_a_broken_one(tmp_path):
+def test_reading_leaves_out_an_incomplete_last_line_and_names_an_invalid_one(tmp_path):
   path = tmp_path / "a.jsonl"
   assert read_lines(path) == []
   write(path)
@@ -133,10 +133,10 @@ def test_reading_leaves_out_half_a_line_and_names_a_broken_one(tmp_path):
   path.write_bytes(whole[:-3])
   assert len(read_lines(path)) == 13
   path.write_bytes(whole + json.dumps({"problem": 1}).encode() + b"\n")
-  with pytest.raises(ValueError, match=r"a\.jsonl, line 15 is no completion"):
+  with pytest.raises(ValueError, match=r"a\.jsonl, line 15 is not a completion"):
     read_lines(path)
 
 
-def test_a_digest_tells_values_apart_and_is_the_same_in_every_process():
+def test_digests_differ_between_values_and_are_equal_in_every_process():
   assert digest(["a", "b"]) != digest(["ab"]) != digest(["a"])
   assert digest([(1, "x"), {"a": None}]) == "3655995d5242"

@@ -1,4 +1,4 @@
-"""Every estimator against numbers worked out by hand, against brute force, and against other people's formulas."""
+"""Every estimator against values computed by hand, brute force over subsets, and published formulas."""
 
 import collections
 import itertools
@@ -18,73 +18,73 @@ from rspo_jax.evaluation.estimators import (
   powers_of_two,
 )
 
-RIGHT = ("a", "c")  # the right answers of random cases
+CORRECT = ("a", "c")  # the correct answers of random cases
 
 
 def of_counts(n, counts):
-  """[N, n]: so many right ones of n in each row."""
+  """[N, n] successes: counts[i] of the n completions of problem i are correct."""
   return np.arange(n) < np.array(counts)[:, None]
 
 
 def random_answers(seed, n, letters=("", "a", "b", "c", "d")):
   answers = np.random.default_rng(seed).choice(letters, n).tolist()
-  return answers, np.isin(answers, RIGHT)
+  return answers, np.isin(answers, CORRECT)
 
 
-def test_avg_is_the_share_of_right_completions_by_hand():
+def test_avg_is_the_share_of_correct_completions():
   np.testing.assert_allclose(avg_at_k([[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]]), [0.5, 0, 0.75])
 
 
-def test_pass_at_k_by_hand():
-  # Of 5 completions 2 are right; 3 drawn: all wrong in C(3, 3) = 1 of C(5, 3) = 10 ways.
+def test_pass_at_k_equals_values_computed_by_hand():
+  # 2 of 5 completions are correct; of the C(5, 3) = 10 subsets of 3, C(3, 3) = 1 has none of them.
   np.testing.assert_allclose(pass_at_k(of_counts(5, [2]), 3), [0.9])
-  # 4 of which 1 is right, 2 drawn: C(3, 2) / C(4, 2) = 3 / 6. None right, all right.
+  # 1 of 4 is correct: C(3, 2) / C(4, 2) = 3 / 6 of the pairs miss it. Then none and all correct.
   np.testing.assert_allclose(pass_at_k(of_counts(4, [1, 0, 4]), 2), [0.5, 0, 1])
   np.testing.assert_allclose(pass_at_k(of_counts(10, [3]), 1), [0.3])
 
 
 @pytest.mark.parametrize("n", [1, 3, 6])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n):
-  for right, k in itertools.product(range(n + 1), range(1, n + 1)):
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_completion(n):
+  for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
     subsets = list(itertools.combinations(range(n), k))
-    wanted = sum(min(subset) < right for subset in subsets) / len(subsets)
-    np.testing.assert_allclose(pass_at_k(of_counts(n, [right]), k), [wanted], rtol=1e-14)
+    expected = sum(min(subset) < correct for subset in subsets) / len(subsets)
+    np.testing.assert_allclose(pass_at_k(of_counts(n, [correct]), k), [expected], rtol=1e-14)
 
 
 def test_pass_at_k_equals_the_binomial_form_and_the_published_program():
   for n, k in ((7, 3), (64, 64), (100, 10), (200, 100)):
-    for right in range(n + 1):
-      binomial = 1 - math.comb(n - right, k) / math.comb(n, k)
+    for correct in range(n + 1):
+      binomial = 1 - math.comb(n - correct, k) / math.comb(n, k)
       # Chen et al. 2021, figure 3.
-      published = 1.0 if n - right < k else 1.0 - np.prod(1.0 - k / np.arange(n - right + 1, n + 1))
-      found = pass_at_k(of_counts(n, [right]), k)[0]
-      assert found == pytest.approx(binomial, abs=1e-12)
-      assert found == pytest.approx(published, abs=1e-12)
+      published = 1.0 if n - correct < k else 1.0 - np.prod(1.0 - k / np.arange(n - correct + 1, n + 1))
+      estimate = pass_at_k(of_counts(n, [correct]), k)[0]
+      assert estimate == pytest.approx(binomial, abs=1e-12)
+      assert estimate == pytest.approx(published, abs=1e-12)
 
 
-def test_pass_at_k_of_very_many_completions_neither_overflows_nor_leaves_its_range():
-  found = pass_at_k(of_counts(20_000, [0, 1, 10, 20_000]), 10_000)
-  assert found[0] == 0 and found[3] == 1
-  np.testing.assert_allclose(found[1:3], [0.5, 1 - 0.5**10], rtol=3e-3)
+def test_pass_at_k_of_many_completions_does_not_overflow_and_stays_in_range():
+  estimates = pass_at_k(of_counts(20_000, [0, 1, 10, 20_000]), 10_000)
+  assert estimates[0] == 0 and estimates[3] == 1
+  np.testing.assert_allclose(estimates[1:3], [0.5, 1 - 0.5**10], rtol=3e-3)
 
 
 def test_pass_at_k_is_unbiased():
   n, k, p = 9, 4, 0.3
-  chance = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
-  assert chance @ pass_at_k(of_counts(n, range(n + 1)), k) == pytest.approx(1 - (1 - p) ** k)
+  probability = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
+  assert probability @ pass_at_k(of_counts(n, range(n + 1)), k) == pytest.approx(1 - (1 - p) ** k)
 
 
-def test_maj_by_hand():
+def test_maj_at_k_equals_values_computed_by_hand():
   def of(answers, k):
-    return maj_at_k([answers], [[answer in RIGHT for answer in answers]], k)[0]
+    return maj_at_k([answers], [[answer in CORRECT for answer in answers]], k)[0]
 
   assert of(["a", "a", "b"], 3) == 1
   assert of(["a", "b", "b"], 3) == 0
   assert of(["a", "b"], 2) == 0.5  # a tie of two
   assert of(["a", "b", "d"], 3) == pytest.approx(1 / 3)  # a tie of three
-  # Two of a, a, b: aa once, ab twice, of which half.
+  # The pairs of a, a, b: aa once, and ab twice, which is a tie.
   assert of(["a", "a", "b"], 2) == pytest.approx((1 + 2 * 0.5) / 3)
-  # No answer takes a place and does not vote: of ('', a), ('', b), (a, b) the right one wins 1 + 0 + 1/2.
+  # A completion without answer counts as one of k but has no vote: in ('', a), ('', b), (a, b) a wins 1 + 0 + 1/2.
   assert of(["", "a", "b"], 2) == pytest.approx(0.5)
   assert of(["", "", "a"], 3) == 1
   assert of(["", "", "a"], 1) == pytest.approx(1 / 3)
@@ -92,47 +92,47 @@ def test_maj_by_hand():
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_maj_is_the_mean_over_all_subsets_with_ties_shared(seed):
+def test_maj_at_k_is_the_mean_over_all_subsets_with_ties_shared(seed):
   n = 3 + seed % 6
-  answers, right = random_answers(seed, n)
+  answers, correct = random_answers(seed, n)
   for k in range(1, n + 1):
     total = 0.0
     for subset in itertools.combinations(range(n), k):
       votes = collections.Counter(answers[i] for i in subset if answers[i])
       winners = [answer for answer in votes if votes[answer] == max(votes.values())]
-      total += sum(winner in RIGHT for winner in winners) / max(len(winners), 1)
-    assert maj_at_k([answers], right[None], k)[0] == pytest.approx(total / math.comb(n, k), abs=1e-13)
+      total += sum(winner in CORRECT for winner in winners) / max(len(winners), 1)
+    assert maj_at_k([answers], correct[None], k)[0] == pytest.approx(total / math.comb(n, k), abs=1e-13)
 
 
-def test_maj_of_many_completions_agrees_with_drawing():
-  answers, right = random_answers(0, 300, letters=("a", "b", "b", "d", *map(str, range(40)), ""))
+def test_maj_at_k_of_many_completions_agrees_with_random_subsets():
+  answers, correct = random_answers(0, 300, letters=("a", "b", "b", "d", *map(str, range(40)), ""))
   rng, k, trials = np.random.default_rng(1), 32, 4000
   total = 0.0
   for _ in range(trials):
     votes = collections.Counter(answers[i] for i in rng.permutation(300)[:k] if answers[i])
     winners = [answer for answer in votes if votes[answer] == max(votes.values())]
-    total += sum(winner in RIGHT for winner in winners) / len(winners)
-  assert maj_at_k([answers], right[None], k)[0] == pytest.approx(total / trials, abs=4 * 0.5 / trials**0.5)
+    total += sum(winner in CORRECT for winner in winners) / len(winners)
+  assert maj_at_k([answers], correct[None], k)[0] == pytest.approx(total / trials, abs=4 * 0.5 / trials**0.5)
 
 
-def test_maj_at_one_and_two_are_the_average():
-  # Two completions agree or tie: the vote cannot help yet.
-  answers, right = random_answers(3, 12, letters=("a", "b", "c", "d"))
+def test_maj_at_one_and_two_equal_the_average():
+  # Two completions agree or tie, so that voting has no effect.
+  answers, correct = random_answers(3, 12, letters=("a", "b", "c", "d"))
   for k in (1, 2):
-    np.testing.assert_allclose(maj_at_k([answers], right[None], k), avg_at_k(right[None]))
+    np.testing.assert_allclose(maj_at_k([answers], correct[None], k), avg_at_k(correct[None]))
 
 
-def test_equal_answers_are_one_candidate_however_they_are_spaced_or_encoded():
+def test_answers_that_differ_in_spacing_or_encoding_are_one_candidate():
   answers = ["x + 1", " x  +\n1", "\uff58 + 1", "2", "2"]
   assert maj_at_k([answers], [[1, 1, 1, 0, 0]], 5)[0] == 1
   assert maj_at_k([["1/2", "0.5", "3", "3", "3"]], [[1, 1, 0, 0, 0]], 5)[0] == 0
 
 
-def test_an_answer_that_was_judged_both_ways_is_worth_its_share():
+def test_an_answer_with_contradictory_scores_counts_with_its_share():
   assert maj_at_k([["a", "a", "a", "b"]], [[1, 1, 0, 0]], 4)[0] == pytest.approx(2 / 3)
 
 
-def test_the_paper_s_average_weighs_benchmarks_equally_whatever_their_size():
+def test_macro_average_weights_benchmarks_equally():
   small, large = np.ones(2), np.zeros(1000)
   assert macro_average([small.mean(), large.mean()]) == 0.5
   np.testing.assert_allclose(macro_average([np.array([1.0, 2.0]), np.array([3.0, 6.0])]), [2, 4])
@@ -140,16 +140,16 @@ def test_the_paper_s_average_weighs_benchmarks_equally_whatever_their_size():
     macro_average([])
 
 
-def test_bootstrap_draws_what_enumeration_gives():
+def test_bootstrap_means_have_the_enumerated_distribution():
   values = np.array([0.0, 1.0, 5.0])
-  every = np.array([np.mean(drawn) for drawn in itertools.product(values, repeat=3)])
-  found = bootstrap(values, resamples=60_000)
+  every = np.array([np.mean(resample) for resample in itertools.product(values, repeat=3)])
+  means = bootstrap(values, resamples=60_000)
   for mean in np.unique(every):
-    assert np.mean(np.isclose(found, mean)) == pytest.approx(np.mean(np.isclose(every, mean)), abs=0.01)
+    assert np.mean(np.isclose(means, mean)) == pytest.approx(np.mean(np.isclose(every, mean)), abs=0.01)
 
 
 @pytest.mark.parametrize("over", ["samples", "both"])
-def test_bootstrap_of_completions_draws_what_enumeration_gives(over):
+def test_bootstrap_over_completions_has_the_enumerated_distribution(over):
   values = np.array([[0.0, 1.0], [2.0, 6.0]])
   rows = [(0, 1)] if over == "samples" else list(itertools.product(range(2), repeat=2))
   picks = list(itertools.product(range(2), repeat=2))
@@ -158,51 +158,51 @@ def test_bootstrap_of_completions_draws_what_enumeration_gives(over):
     for row in rows
     for pair in itertools.product(picks, repeat=2)
   ])  # fmt: skip
-  found = bootstrap(values, resamples=60_000, over=over)
+  means = bootstrap(values, resamples=60_000, over=over)
   for mean in np.unique(every):
-    assert np.mean(np.isclose(found, mean)) == pytest.approx(np.mean(np.isclose(every, mean)), abs=0.01)
+    assert np.mean(np.isclose(means, mean)) == pytest.approx(np.mean(np.isclose(every, mean)), abs=0.01)
 
 
-def test_interval_is_that_of_scipy():
+def test_interval_agrees_with_scipy():
   stats = pytest.importorskip("scipy.stats")
   values = np.random.default_rng(0).beta(0.4, 0.6, 60)
-  theirs = stats.bootstrap(
+  expected = stats.bootstrap(
     (values,), np.mean, n_resamples=20_000, method="percentile", confidence_level=0.9, rng=np.random.default_rng(1)
   ).confidence_interval
-  np.testing.assert_allclose(interval(bootstrap(values, resamples=20_000), 0.9), theirs, atol=0.004)
+  np.testing.assert_allclose(interval(bootstrap(values, resamples=20_000), 0.9), expected, atol=0.004)
 
 
-def test_interval_covers_the_truth_as_often_as_it_says():
-  """New problems and new completions each time: 95 % intervals over problems hold the policy's mean success."""
+def test_interval_over_problems_has_its_nominal_coverage():
+  """With new problems and completions in each trial, 95 % intervals contain the policy's mean success."""
   rng, p, samples = np.random.default_rng(0), 0.4, 4
   covered, trials = 0, 400
   for trial in range(trials):
-    chance = rng.beta(p, 1 - p, 50)
-    drawn = avg_at_k(rng.random((50, samples)) < chance[:, None])
-    low, high = interval(bootstrap(drawn, resamples=500, seed=trial))
+    probability = rng.beta(p, 1 - p, 50)
+    sampled = avg_at_k(rng.random((50, samples)) < probability[:, None])
+    low, high = interval(bootstrap(sampled, resamples=500, seed=trial))
     covered += low <= p <= high
   assert 0.90 <= covered / trials <= 0.98
 
 
-def test_interval_over_samples_covers_the_truth_of_these_very_problems():
+def test_interval_over_samples_has_its_nominal_coverage_for_fixed_problems():
   rng = np.random.default_rng(0)
-  chance = rng.beta(0.5, 0.5, 30)
+  probability = rng.beta(0.5, 0.5, 30)
   covered, trials = 0, 400
   for trial in range(trials):
-    drawn = rng.random((30, 16)) < chance[:, None]
-    low, high = interval(bootstrap(drawn, resamples=400, seed=trial, over="samples"))
-    covered += low <= chance.mean() <= high
+    sampled = rng.random((30, 16)) < probability[:, None]
+    low, high = interval(bootstrap(sampled, resamples=400, seed=trial, over="samples"))
+    covered += low <= probability.mean() <= high
   assert 0.90 <= covered / trials <= 0.98
 
 
-def test_two_levels_are_wider_than_problems_alone_and_samples_alone_narrower():
+def test_interval_over_both_is_wider_and_over_samples_narrower_than_over_problems():
   rng = np.random.default_rng(0)
-  drawn = rng.random((40, 4)) < rng.beta(1, 1, 40)[:, None]
-  width = {over: np.ptp(interval(bootstrap(drawn, over=over))) for over in estimators.OVER}
+  sampled = rng.random((40, 4)) < rng.beta(1, 1, 40)[:, None]
+  width = {over: np.ptp(interval(bootstrap(sampled, over=over))) for over in estimators.BOOTSTRAP_UNITS}
   assert width["samples"] < width["problems"] < width["both"]
 
 
-def test_pairing_takes_out_what_problems_have_in_common():
+def test_pairing_removes_the_variation_between_problems():
   rng = np.random.default_rng(0)
   hard = rng.beta(0.3, 0.3, 200)
   old, new = (avg_at_k(rng.random((200, 64)) < np.clip(hard + shift, 0, 1)[:, None]) for shift in (0, 0.05))
@@ -212,13 +212,13 @@ def test_pairing_takes_out_what_problems_have_in_common():
   assert high - low < 0.3 * np.ptp(unpaired)
 
 
-def test_equal_seeds_give_equal_draws_and_memory_is_bounded(monkeypatch):
+def test_equal_seeds_give_equal_resamples_also_in_batches(monkeypatch):
   values = np.random.default_rng(0).random((20, 3))
-  for over in estimators.OVER:
+  for over in estimators.BOOTSTRAP_UNITS:
     first, again = (bootstrap(values, resamples=50, seed=(3, 4), over=over) for _ in range(2))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, bootstrap(values, resamples=50, seed=(3, 5), over=over))
-  monkeypatch.setattr(estimators, "_AT_ONCE", 100)
+  monkeypatch.setattr(estimators, "_MAX_ELEMENTS", 100)
   assert bootstrap(values, resamples=50).shape == (50,)
 
 
@@ -229,10 +229,10 @@ def test_powers_of_two_end_with_the_number_of_samples():
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda: pass_at_k(of_counts(4, [1]), 5), "k is 5 with 4 samples a problem; want 1 to 4: draw more"),
+    (lambda: pass_at_k(of_counts(4, [1]), 5), "k is 5 with 4 samples a problem; want 1 to 4: sample more"),
     (lambda: pass_at_k(of_counts(4, [1]), 0), "k is 0"),
     (lambda: maj_at_k([["a"]], [[1]], 2), "k is 2 with 1 samples"),
-    (lambda: maj_at_k([["a", "b"]], [[1]], 1), "as many answers"),
+    (lambda: maj_at_k([["a", "b"]], [[1]], 1), "want 1 answers for each of 1 problems"),
     (lambda: avg_at_k([1, 0]), "want .problems, samples."),
     (lambda: bootstrap(np.ones(1)), "1 problems"),
     (lambda: bootstrap(np.ones(4), over="samples"), "want 2 axes"),
@@ -241,6 +241,6 @@ def test_powers_of_two_end_with_the_number_of_samples():
     (lambda: interval(np.ones(4), 95), "level is 95"),
   ],
 )
-def test_mistakes_are_told(call, message):
+def test_invalid_arguments_are_refused(call, message):
   with pytest.raises(ValueError, match=message):
     call()
