@@ -53,7 +53,7 @@ def _module(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_a_dotted_path_names_a_loader_of_ones_own():
+def test_a_dotted_path_names_the_loader_of_a_user():
   splits = load_dataset("my_data:sums", "folder", count=2)
   assert splits["train"].examples == (
     Example("0 + 1 =", "1", metadata={"data_dir": "folder"}),
@@ -64,7 +64,7 @@ def test_a_dotted_path_names_a_loader_of_ones_own():
   assert list(load_dataset("my_data:train_only")) == ["train"]
 
 
-def test_a_name_of_the_table_calls_its_loader(tmp_path):
+def test_a_name_in_the_table_selects_its_loader(tmp_path):
   (tmp_path / "x.jsonl").write_text('{"q": "1 + 1 =", "a": "2"}\n')
   splits = load_dataset("files", tmp_path, train="x.jsonl", prompt="q", gold="a")
   assert splits["train"].examples == (Example("1 + 1 =", "2"),)
@@ -116,7 +116,7 @@ def test_unknown_names_and_malformed_splits_are_rejected_with_the_cure(name, mes
     load_mixture(sources={"x": {"name": name}})
 
 
-def test_the_document_prints_the_output_of_its_example(monkeypatch):
+def test_the_example_in_the_document_prints_the_documented_output(monkeypatch):
   text = (ROOT / "docs" / "data.md").read_text().partition("## A data set of your own")[2]
   example = r"```python\n(.*?)^```$\n\nprints\n\n```\n(.*?)^```$"
   source, printed = re.search(example, text, re.MULTILINE | re.DOTALL).groups()

@@ -27,12 +27,6 @@ from tests.support.tokenizer_cases import (
 )
 
 
-@pytest.fixture
-def load(tmp_path):
-  """(files) -> the tokenizer of a checkpoint with these files."""
-  return lambda files: load_tokenizer(write_checkpoint(tmp_path, files))
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
   return load_tokenizer(write_checkpoint(tmp_path_factory.mktemp("checkpoint"), {}))
