@@ -1,4 +1,4 @@
-"""Finding what a config names: an entry of a table, or a callable by its dotted path; and saying what was near."""
+"""Lookup of names from a config: table entries, callables by dotted path, and suggestions for misspelt names."""
 
 import difflib
 import importlib
@@ -6,14 +6,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-_PATH = re.compile(r"[\w.]+:\w+")
+_NAME = r"[^\W\d]\w*"
+_PATH = re.compile(rf"{_NAME}(?:\.{_NAME})*:{_NAME}")
+_MOST_NAMES = 20  # in a message
 
 
 def near(word: str, known: Iterable[str]) -> str:
-  """The cure for a mistyped word: "did you mean ...?" if one is close, else all that are known."""
+  """The cure for a misspelt word: "did you mean ...?" if a known word is similar, else all known words."""
   known = list(known)
   close = difflib.get_close_matches(word, known, n=1)
-  return f"did you mean {close[0]}?" if close else f"want one of {', '.join(sorted(known))}."
+  return f"did you mean {close[0]}?" if close else f"want one of {', '.join(sorted(known)) or '(none)'}."
 
 
 def is_path(name: str) -> bool:
@@ -22,42 +24,46 @@ def is_path(name: str) -> bool:
 
 
 def load_path(path: str) -> Callable[..., Any]:
-  """The callable at "package.module:function" (or a class).
+  """The callable (function or class) at "package.module:function".
 
   Raises:
-    ValueError: no such module, one that does not load, or no such callable in it; names those that are near.
+    ValueError: not a dotted path, a module that cannot be imported, or no such callable in it; suggests similar names.
   """
-  module, _, name = path.partition(":")
+  if not is_path(path):
+    raise ValueError(f"{path!r}: want package.module:function.")
+  module_name, _, name = path.partition(":")
   try:
-    loaded = importlib.import_module(module)
-  except Exception as error:
+    module = importlib.import_module(module_name)
+  except (Exception, SystemExit) as error:
     raise ValueError(
-      f"{path!r}: module {module} cannot be imported ({type(error).__name__}: {error}); it is looked for in the folder "
-      "that Python was started in, in PYTHONPATH and among the installed packages."
+      f"{path!r}: module {module_name} cannot be imported ({type(error).__name__}: {error}); Python searches the "
+      "folder that it was started in, PYTHONPATH and the installed packages."
     ) from error
-  found = getattr(loaded, name, None)
-  if not callable(found):
-    names = [other for other in vars(loaded) if callable(getattr(loaded, other)) and not other.startswith("_")]
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names) or 'none'}."
-    raise ValueError(f"{path!r}: {module} has no callable {name}; {hint}")
-  return found
+  target = getattr(module, name, None)
+  if callable(target):
+    return target
+  names = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
+  close = difflib.get_close_matches(name, names, n=1)
+  more = ", ..." if len(names) > _MOST_NAMES else "."
+  hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names[:_MOST_NAMES]) or 'none'}{more}"
+  raise ValueError(f"{path!r}: {module_name} has no callable {name}; {hint}")
 
 
-def look_up(where: str, name: str, table: Mapping[str, Any]) -> Any:
+def look_up(where: str, name: Any, table: Mapping[str, Any]) -> Any:
   """The entry of a table, or the callable at a dotted path.
 
   Args:
     where: the key that holds the name, for messages, as "config.objective.name".
+    name: as the config has it; only a string is valid.
   Raises:
-    ValueError: neither; says what is near.
+    ValueError: neither; suggests a similar name.
   """
+  if not isinstance(name, str) or (name not in table and not is_path(name)):
+    raise ValueError(
+      f"{where} is {name!r}; {near(str(name), table)} Your own is named by its path, package.module:function."
+    )
   if name in table:
     return table[name]
-  if not is_path(name):
-    raise ValueError(
-      f"{where} is {name!r}; {near(name, table)} Your own is named by its path, package.module:function."
-    )
   try:
     return load_path(name)
   except ValueError as error:

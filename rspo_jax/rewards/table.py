@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rspo_jax.lookup import is_path, load_path, near
+from rspo_jax.lookup import look_up, near
 from rspo_jax.rewards.base import Reward, ZeroOnError, close
 from rspo_jax.rewards.code.reward import CodeReward
 from rspo_jax.rewards.composed import BySourceReward, WeightedReward
@@ -102,10 +102,7 @@ def check_reward(name: Any, options: Any, where: str = "reward") -> None:
   Raises:
     ValueError: a name, option or term that `make_reward` does not know; names its key and suggests a similar one.
   """
-  if not isinstance(name, str) or not (name in REWARDS or is_path(name)):
-    raise ValueError(
-      f"{where}.name is {name!r}; {near(str(name), REWARDS)} A reward of your own is named package.module:function."
-    )
+  factory = look_up(f"{where}.name", name, REWARDS)
   if not isinstance(options, Mapping):
     raise ValueError(f"{where}.options is {options!r}; want a group of options.")
   if options.get("on_error", "fail") not in ON_ERROR:
@@ -115,7 +112,7 @@ def check_reward(name: Any, options: Any, where: str = "reward") -> None:
       if source != "on_error":
         _check_spec(spec, f"{where}.options.{source}", ("name", "options"))
     return
-  _check_options(name, options, where)
+  _check_options(name, factory, options, where)
   if name == "weighted":
     terms, at = options["terms"], f"{where}.options.terms"
     if not isinstance(terms, Mapping) or not terms:
@@ -124,12 +121,8 @@ def check_reward(name: Any, options: Any, where: str = "reward") -> None:
       _check_spec(term, f"{at}.{label}", ("name", "weight", "options"))
 
 
-def _check_options(name: str, options: Mapping[str, Any], where: str) -> None:
+def _check_options(name: str, factory: Callable[..., Any], options: Mapping[str, Any], where: str) -> None:
   """Compares options with the signature of the reward. ValueError for an unknown or a missing one."""
-  try:
-    factory = REWARDS[name] if name in REWARDS else load_path(name)
-  except ValueError as error:
-    raise ValueError(f"{where}.name is {error}") from error
   parameters = list(inspect.signature(factory).parameters.values())
   if not isinstance(factory, type) and factory not in _COMPOSED:
     parameters = parameters[2:]  # text and example

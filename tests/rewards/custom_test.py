@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from rspo_jax.data.examples import Example
-from rspo_jax.lookup import is_path
 from rspo_jax.rewards.base import RewardResult, close, reason_counts, score_completions
 from rspo_jax.rewards.custom import as_result
 from rspo_jax.rewards.table import check_reward, make_reward
@@ -152,11 +151,6 @@ def test_numbers_of_all_kinds_become_results(value):
   result = as_result(value)
   assert (result.reward, result.success, result.format) == (float(value), True, True)
   assert type(result.reward) is float and type(result.success) is bool
-
-
-@pytest.mark.parametrize("name", ["math", "my_rewards", "my_rewards:", ":x", "a:b:c", "a b:c"])
-def test_other_names_are_no_paths(name):
-  assert not is_path(name)
 
 
 @pytest.mark.parametrize(
