@@ -82,7 +82,7 @@ def load_countdown(
   metadata = {"operators": chosen.operators}
 
   def parse(record):
-    problem, right, wrong = dataset.worked_of(record, chosen.operators)
+    problem, right, wrong = dataset.problem_from_record(record, chosen.operators)
     return Example(countdown.prompt_text(problem), problem, right, wrong, metadata)
 
   return _read_generated("countdown", dataset, chosen, data_dir, parse, on_broken)
@@ -111,7 +111,7 @@ def load_knights(
   metadata = {"style": style}
 
   def parse(record):
-    problem, wrong = dataset.worked_of(record)
+    problem, wrong = dataset.problem_from_record(record)
     answers = (knights.answer_text(roles, style) for roles in (problem.solution, wrong))
     return Example(knights.prompt_text(problem, style), problem, *answers, metadata)
 
@@ -130,7 +130,7 @@ def _read_generated(name: str, module: Any, spec: Any, data_dir: Any, parse: Any
   """The splits of a data set that `module.prepare` generates unless its folder exists."""
   root = Path(data_dir or cache_dir()).expanduser()
   by_split = module.prepare(spec, root)
-  folder = module.folder_of(spec, root)
+  folder = module.data_folder(spec, root)
   return {
     split: read_split(f"{name}/{split} in {folder}", records, parse, on_broken=on_broken)
     for split, records in by_split.items()

@@ -36,5 +36,5 @@ def knights_reward(text: str, example: Example, *, format_reward: float = 0.1) -
 def _result(verdict: countdown.Verdict | knights.Verdict, answer: str, format_reward: float) -> RewardResult:
   if not 0.0 <= format_reward < 1.0:
     raise ValueError(f"format_reward is {format_reward}; want a value in [0, 1), less than a correct answer earns.")
-  reward = 1.0 if verdict.right else format_reward if verdict.valid else 0.0
-  return RewardResult(reward, verdict.right, verdict.valid, verdict.reason, answer)
+  reward = 1.0 if verdict.correct else format_reward if verdict.valid else 0.0
+  return RewardResult(reward, verdict.correct, verdict.valid, verdict.reason, answer)

@@ -1,4 +1,4 @@
-"""Data sets that are made here, kept in folders by TFDS: written as array_record files, read without TensorFlow."""
+"""Generated data sets in TFDS folders: written once as array_record files and read without TensorFlow."""
 
 import contextlib
 import fcntl
@@ -9,56 +9,60 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-
-def folder_of(kind: type[tfds.core.GeneratorBasedBuilder], config: tfds.core.BuilderConfig, root: Path) -> Path:
-  """The folder under the root that holds this configuration's files."""
-  return root / kind.name / config.name / str(kind.VERSION)
+Builder = type[tfds.core.GeneratorBasedBuilder]
 
 
-def prepare(kind: type[tfds.core.GeneratorBasedBuilder], config: tfds.core.BuilderConfig, root: Path) -> dict[str, Any]:
-  """{split: records} of the data set under a root folder, made first if it is not there.
+def data_folder(builder: Builder, config: tfds.core.BuilderConfig, root: Path) -> Path:
+  """The folder below `root` that contains the files of a builder configuration."""
+  return root / builder.name / config.name / str(builder.VERSION)
 
-  TFDS writes to a temporary folder and renames it, so what exists is whole. A lock keeps processes that start together
-  from making it twice; the system drops it when a process dies. Reading needs no lock and no permission to write.
+
+def prepare(builder: Builder, config: tfds.core.BuilderConfig, root: Path) -> dict[str, Any]:
+  """{split: records} of a data set below `root`, which is generated first if its folder does not exist.
+
+  TFDS writes to a temporary folder and renames it, so an existing folder is complete. A file lock keeps concurrent
+  processes from generating the data set twice; the system releases it if a process dies. Reading needs neither the lock
+  nor write permission.
 
   Args:
-    kind: has the splits 'train' and 'test'. config: its name says all that its records depend on.
+    builder: generates the splits 'train' and 'test'.
+    config: its name encodes everything that the records depend on.
+    root: folder of all data sets.
   Raises:
-    ValueError: what the builder raises for a spec that cannot be met, or files that cannot be read (names their folder
-      and the cure).
+    ValueError: the builder cannot satisfy the spec, or the files cannot be read; the message names folder and cure.
   """
   tfds.disable_progress_bar()
-  made = folder_of(kind, config, root)
+  folder = data_folder(builder, config, root)
 
-  def builder():
-    return kind(config=config, data_dir=root, file_format="array_record")
+  def build():
+    return builder(config=config, data_dir=root, file_format="array_record")
 
   with _quiet():
-    if not made.exists():
+    if not folder.exists():
       root.mkdir(parents=True, exist_ok=True)
-      with open(root / f"{kind.name}.lock", "a") as lock:
+      with open(root / f"{builder.name}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        builder().download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        build().download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     try:
-      return {split: _fetch(builder().as_data_source(split)) for split in ("train", "test")}
+      return {split: _fetch(build().as_data_source(split)) for split in ("train", "test")}
     except Exception as error:
       raise ValueError(
-        f"The data set in {made} cannot be read ({type(error).__name__}: {error}). Delete that folder and start "
-        "again: it will be made anew."
+        f"The data set in {folder} cannot be read ({type(error).__name__}: {error}). Delete this folder and start "
+        "again; the data set will be generated again."
       ) from error
 
 
 def _fetch(source):
-  """All records at once, which is three times as fast as one by one; the source itself if some cannot be read."""
+  """All records, read together (three times as fast as one by one); the source itself if a record cannot be read."""
   try:
     return source.__getitems__(range(len(source)))
   except Exception:
-    return source  # whoever reads one by one finds out which
+    return source  # the caller reads the records one by one and reports the broken one
 
 
 @contextlib.contextmanager
 def _quiet():
-  """TFDS prints a banner and warns that a configuration is not in its catalogue; neither is news here."""
+  """Suppresses the banner of TFDS and its warning that a configuration is not in its catalogue."""
   log = logging.getLogger("absl")
   level = log.level
   log.setLevel(logging.ERROR)

@@ -49,7 +49,7 @@ def test_examples_equal_the_generated_problems(folder):
     for example in split.examples:
       assert example.prompt == prompt_text(example.gold)
       assert example.metadata == {"operators": "+-*/"}
-      assert check(example.demonstration, example.gold).right
+      assert check(example.demonstration, example.gold).correct
       assert check(example.wrong_demonstration, example.gold).reason == "wrong value"
   keys = [{example.gold.key for example in splits[name].examples} for name in ("train", "test")]
   assert not keys[0] & keys[1]
@@ -69,7 +69,7 @@ def test_every_field_of_the_spec_is_part_of_the_folders_name():
   for field in dataclasses.fields(base):
     other = "+-" if field.name == "operators" else getattr(base, field.name) + 1
     changed = dataclasses.replace(base, **{field.name: other})
-    assert CountdownConfig.of(changed).name != CountdownConfig.of(base).name, field.name
+    assert CountdownConfig.from_spec(changed).name != CountdownConfig.from_spec(base).name, field.name
 
 
 def test_operators_in_any_order_are_one_data_set():

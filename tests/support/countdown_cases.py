@@ -1,4 +1,4 @@
-"""Trees of Countdown, (operator, left, right) or a number, and their exact values without the library's arithmetic."""
+"""Countdown expression trees, (operator, left, right) or a number, and their exact values without the library."""
 
 import operator
 from fractions import Fraction

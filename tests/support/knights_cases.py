@@ -1,29 +1,29 @@
-"""A solver of Knights and Knaves that shares nothing with ours, and what renaming islanders means."""
+"""An independent solver of Knights and Knaves, and renaming of islanders, for comparison with the library."""
 
 import itertools
 
 
-def spoken_truth(statement, roles):
+def truth_value(statement, roles):
   operator, *parts = statement
   if operator == "is":
     return roles[parts[0]]
   if operator == "#":
     return sum(roles) == parts[0]
-  said = [spoken_truth(part, roles) for part in parts]
+  values = [truth_value(part, roles) for part in parts]
   if operator == "!":
-    return not said[0]
+    return not values[0]
   if operator == "&":
-    return all(said)
+    return all(values)
   if operator == "|":
-    return any(said)
-  return said[0] == said[1] or (operator == ">" and said[1])
+    return any(values)
+  return values[0] == values[1] or (operator == ">" and values[1])
 
 
 def brute_force(statements):
   return [
     roles
     for roles in itertools.product((False, True), repeat=len(statements))
-    if all(spoken_truth(statement, roles) == role for statement, role in zip(statements, roles, strict=True))
+    if all(truth_value(statement, roles) == role for statement, role in zip(statements, roles, strict=True))
   ]
 
 
@@ -35,14 +35,14 @@ def renamed(statement, order):
 
 
 def rename(statements, order):
-  """The same scene where islander i is called order[i]."""
-  moved = [None] * len(statements)
+  """The statements after islander i has become islander order[i]."""
+  result = [None] * len(statements)
   for person, statement in enumerate(statements):
-    moved[order[person]] = renamed(statement, order)
-  return tuple(moved)
+    result[order[person]] = renamed(statement, order)
+  return tuple(result)
 
 
-def meaning(statements):
-  """Per islander what is said, as the truth in every assignment."""
-  cases = list(itertools.product((False, True), repeat=len(statements)))
-  return tuple(tuple(spoken_truth(statement, roles) for roles in cases) for statement in statements)
+def truth_tables(statements):
+  """For each islander the truth values of the statement in all assignments."""
+  assignments = list(itertools.product((False, True), repeat=len(statements)))
+  return tuple(tuple(truth_value(statement, roles) for roles in assignments) for statement in statements)

@@ -1,4 +1,4 @@
-"""The verifier against arithmetic that never saw its parser, and the problems it judges."""
+"""The Countdown checker against independent arithmetic and Python's own parser; prompts and problems."""
 
 import ast
 import time
@@ -43,12 +43,12 @@ def shortest(tree):
 
 
 def checked(text, numbers):
-  """`check` with the numbers of the text, whatever the target."""
+  """The verdict of `check` for these numbers and an arbitrary target."""
   return check(text, Problem(tuple(numbers), 1))
 
 
 def tree_of(text):
-  """The tree Python's own parser sees, or None for what Countdown does not allow."""
+  """The expression tree that Python's own parser returns, or None for syntax that Countdown does not allow."""
   try:
     node = ast.parse(text.strip(" "), mode="eval").body
   except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -66,7 +66,7 @@ def tree_of(text):
 
 
 @pytest.mark.parametrize("text", ["3+7+12", "12+(7+3)", "(3)+7+12", " ( 3+ 7 )+12 ", "12+7+3"])
-def test_right_answers_are_right(text):
+def test_correct_answers_are_accepted(text):
   assert check(text, PROBLEM) == (True, 22, True, "right")
 
 
@@ -125,49 +125,49 @@ def test_right_answers_are_right(text):
     (" " * 250 + "3+7+12 ", "too long"),
   ],
 )
-def test_every_other_answer_is_wrong_for_the_stated_reason(text, reason):
+def test_other_answers_are_rejected_with_their_reason(text, reason):
   verdict = check(text, PROBLEM)
-  assert not verdict.right
+  assert not verdict.correct
   assert verdict.reason == reason
   assert verdict.valid == (reason == "wrong value")
 
 
 def test_length_and_depth_limits_are_inclusive():
   deepest = "(" * MAX_DEPTH + "3" + ")" * MAX_DEPTH + "+7+12"
-  assert check(deepest, PROBLEM).right
-  assert check("3+7+12".ljust(MAX_LENGTH), PROBLEM).right
+  assert check(deepest, PROBLEM).correct
+  assert check("3+7+12".ljust(MAX_LENGTH), PROBLEM).correct
   assert check("()" * 5 + deepest, PROBLEM).reason == "not an expression"
 
 
-def test_division_by_zero_is_valid_but_worthless():
+def test_division_by_zero_is_valid_and_incorrect():
   assert check("7/(3-3)", Problem((3, 3, 7), 7)) == (True, None, False, "division by zero")
   assert check("(3-3)/7", Problem((3, 3, 7), 7)) == (True, 0, False, "wrong value")
   assert check("7/(3-3)/3", Problem((3, 3, 3, 7), 7)).reason == "division by zero"
 
 
 def test_arithmetic_is_exact_beyond_floats():
-  # In floats 49 * (1 / 49) is less than 1, and 3**40-like products lose their last digits.
-  assert check("1/49*49", Problem((1, 49, 49), 1)).right
+  # In floats 49 * (1 / 49) is less than 1, and large products lose their last digits.
+  assert check("1/49*49", Problem((1, 49, 49), 1)).correct
   big = 10**18 + 1
-  assert check(f"{big}*{big}-{big}*{big}+1", Problem((big, big, big, big, 1), 1)).right
-  assert not check(f"{big}+1", Problem((big, 1), big)).right
+  assert check(f"{big}*{big}-{big}*{big}+1", Problem((big, big, big, big, 1), 1)).correct
+  assert not check(f"{big}+1", Problem((big, 1), big)).correct
 
 
 def test_operators_can_be_restricted():
-  assert check("3+7+12", PROBLEM, "+-").right
+  assert check("3+7+12", PROBLEM, "+-").correct
   assert check("3*7+12", PROBLEM, "+-") == (False, None, False, "operator not allowed")
   assert canonical_operators("/+") == "+/"
-  for wrong in ("", "++", "^", "+%", "+ "):
+  for invalid in ("", "++", "^", "+%", "+ "):
     with pytest.raises(ValueError, match="each at most once"):
-      canonical_operators(wrong)
+      canonical_operators(invalid)
 
 
-def test_nothing_a_policy_writes_takes_long():
+def test_no_text_takes_long_to_check():
   texts = ["1" * 256, "(" * 16 + "1+" * 100, "1*" * 127 + "1", "9" * 60 + "*9" * 90, "1/" * 120 + "1", " " * 256]
-  started = time.process_time()
+  start = time.process_time()
   for text in texts * 20:
     check(text, PROBLEM)
-  assert time.process_time() - started < 2.0
+  assert time.process_time() - start < 2.0
 
 
 @settings(max_examples=300, deadline=None)
@@ -181,17 +181,17 @@ TOKENS = [*"+-*/()", "**", "//", " ", "1", "2", "30", "07"]
 
 @st.composite
 def nearly_answers(draw):
-  """A valid answer after up to two small edits: some stay valid."""
+  """A valid answer after up to two small edits, which may leave it valid."""
   text = draw(trees(st.integers(1, 40)).map(parenthesised) | trees(st.integers(1, 40)).map(lambda t: shortest(t).text))
   for _ in range(draw(st.integers(0, 2))):
-    at = draw(st.integers(0, len(text)))
-    text = text[:at] + draw(st.sampled_from(["", *TOKENS])) + text[at + draw(st.integers(0, 1)) :]
+    position = draw(st.integers(0, len(text)))
+    text = text[:position] + draw(st.sampled_from(["", *TOKENS])) + text[position + draw(st.integers(0, 1)) :]
   return text
 
 
 @settings(max_examples=500, deadline=None)
 @given(nearly_answers() | st.lists(st.sampled_from(TOKENS), max_size=12).map("".join))
-def test_accepts_exactly_what_pythons_parser_calls_binary_arithmetic(text):
+def test_accepts_exactly_the_binary_arithmetic_of_pythons_parser(text):
   tree = tree_of(text)
   numbers = [int(number) for number in "".join(c if c.isdigit() else " " for c in text).split()]
   if not 2 <= len(numbers) <= 6 or 0 in numbers:
@@ -208,7 +208,7 @@ def test_accepts_exactly_what_pythons_parser_calls_binary_arithmetic(text):
 
 @settings(max_examples=400, deadline=None)
 @given(trees(st.integers(1, 99)), st.randoms(use_true_random=False))
-def test_valid_trees_are_judged_as_exact_arithmetic_says(tree, random):
+def test_values_and_verdicts_agree_with_exact_arithmetic(tree, random):
   numbers = leaves_of(tree)
   random.shuffle(numbers)
   for text in (parenthesised(tree), shortest(tree).text, shortest(tree).text.replace("+", " + ")):
@@ -219,14 +219,14 @@ def test_valid_trees_are_judged_as_exact_arithmetic_says(tree, random):
       continue
     assert checked(text, numbers)[:2] == (True, value)
     if value.denominator == 1 and value > 0:
-      assert check(text, Problem(tuple(numbers), int(value))).right
+      assert check(text, Problem(tuple(numbers), int(value))).correct
       assert check(text, Problem(tuple(numbers), int(value) + 1)).reason == "wrong value"
     assert check(text, Problem((*numbers[:-1], numbers[-1] + 1), 1)).reason == "wrong numbers"
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.permutations([101, 211, 307, 401]), st.data())
-def test_joined_terms_have_no_parenthesis_too_many(leaves, data):
+def test_join_adds_no_redundant_parentheses(leaves, data):
   terms = list(leaves)
   while len(terms) > 1:
     terms.append(
@@ -244,20 +244,20 @@ def test_joined_terms_have_no_parenthesis_too_many(leaves, data):
 
 def test_prompts_and_answers_stay_within_the_alphabet():
   assert prompt_text(Problem((3, 7, 12), 22)) == "3 7 12=22:"
-  for worked in make_problems(CountdownSpec(train=50, test=50))["train"]:
-    assert set(prompt_text(worked.problem) + worked.right + worked.wrong) <= set(ALPHABET)
+  for problem, solution, wrong_answer in make_problems(CountdownSpec(train=50, test=50))["train"]:
+    assert set(prompt_text(problem) + solution + wrong_answer) <= set(ALPHABET)
 
 
 @pytest.mark.parametrize(
   ("numbers", "target"),
   [((3,), 3), ((1,) * 7, 7), ([3, 4], 7), ((3, -4), 7), ((3, 4.0), 7), ((3, True), 4), ((3, 4), 0), ((3, 4), "7")],
 )
-def test_impossible_problems_are_refused(numbers, target):
+def test_invalid_problems_are_refused(numbers, target):
   with pytest.raises(ValueError, match="positive integers"):
     Problem(numbers, target)
 
 
-def test_key_ignores_the_order_of_numbers_only():
+def test_key_ignores_only_the_order_of_numbers():
   assert Problem((3, 7, 12), 22).key == Problem((12, 3, 7), 22).key
   assert Problem((3, 7, 12), 22).key != Problem((3, 7, 12), 23).key
   assert Problem((3, 3, 7), 22).key != Problem((3, 7, 7), 22).key

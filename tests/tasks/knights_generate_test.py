@@ -1,4 +1,4 @@
-"""Knights and Knaves problems: none twice, one solution each, the same from the same seed; and their data set."""
+"""Generated Knights and Knaves problems: distinct, uniquely solvable, reproducible; and their data set."""
 
 import dataclasses
 import hashlib
@@ -32,7 +32,8 @@ from rspo_jax.tasks.knights.problem import (
   depth,
   prompt_text,
 )
-from tests.support.knights_cases import brute_force, meaning, rename
+from tests.support.knights_cases import brute_force, rename, truth_tables
+from tests.support.processes import skip_package_code
 
 # B is a knave; A and C are knights; exactly two of us are knights.
 PROBLEM = Problem((("!", ("is", 1)), ("&", ("is", 0), ("is", 2)), ("#", 2)))
@@ -41,7 +42,7 @@ SPEC = {"train": 120, "test": 40, "seed": 5}
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(2, 5), st.integers(0, 2**32), st.randoms(use_true_random=False))
-def test_the_key_does_not_see_names_or_wording(people, seed, random):
+def test_the_key_does_not_depend_on_names_or_wording(people, seed, random):
   ((problem, _),) = make_problems(KnightsSpec(people=people, depth=2, train=1, test=1, seed=seed))["train"]
   order = list(range(people))
   random.shuffle(order)
@@ -55,30 +56,30 @@ def test_the_key_does_not_see_names_or_wording(people, seed, random):
       return ("|", ("!", parts[0]), parts[1])
     return (operator, *reversed(parts))
 
-  told = Problem(tuple(map(reworded, rename(problem.statements, order))))
-  assert key(told) == key(problem)
-  assert told.solution == tuple(problem.solution[order.index(person)] for person in range(people))
+  variant = Problem(tuple(map(reworded, rename(problem.statements, order))))
+  assert key(variant) == key(problem)
+  assert variant.solution == tuple(problem.solution[order.index(person)] for person in range(people))
 
 
-def test_the_key_tells_apart_whatever_no_renaming_makes_equal():
-  # Few operators, so that many problems are nearly the same, and other seeds make some of them again.
+def test_the_key_differs_unless_a_renaming_makes_problems_equal():
+  # With few operators many problems are similar, and different seeds generate some of them again.
   for spec in (KnightsSpec(operators="&#"), KnightsSpec(people=4, depth=0, operators="#")):
     specs = [dataclasses.replace(spec, train=80, test=1, seed=seed) for seed in range(3)]
-    problems = [worked.problem for spec in specs for worked in make_problems(spec)["train"]]
+    problems = [row.problem for spec in specs for row in make_problems(spec)["train"]]
     orders = list(itertools.permutations(range(spec.people)))
-    classes = [min(meaning(rename(problem.statements, order)) for order in orders) for problem in problems]
+    classes = [min(truth_tables(rename(problem.statements, order)) for order in orders) for problem in problems]
     pairs = set(zip(classes, map(key, problems), strict=True))
-    assert len(pairs) == len({one for one, _ in pairs}) == len({other for _, other in pairs}) < len(problems)
+    assert len(pairs) == len({tables for tables, _ in pairs}) == len({key_ for _, key_ in pairs}) < len(problems)
 
 
-def test_a_key_of_many_islanders_who_all_say_the_same_takes_no_time():
-  started = time.process_time()
+def test_the_key_of_eight_islanders_with_similar_statements_is_fast():
+  start = time.process_time()
   first = Problem((("#", 0), *[("is", 0)] * 6, ("!", ("is", 0))))
   assert first.solution == (False,) * 7 + (True,)
   last = Problem((*[("!", ("is", 7))] * 2, *[("is", 7)] * 5, ("#", 0)))
   assert last.solution == (True, True, *(False,) * 6)
   assert key(first) == key(Problem(rename(first.statements, (3, 7, 6, 5, 4, 2, 1, 0)))) != key(last)
-  assert time.process_time() - started < 1.0
+  assert time.process_time() - start < 1.0
 
 
 @pytest.mark.parametrize(
@@ -94,11 +95,11 @@ def test_a_key_of_many_islanders_who_all_say_the_same_takes_no_time():
 )
 def test_problems_are_distinct_and_within_the_spec_with_one_solution_and_a_wrong_answer(spec):
   splits = make_problems(spec)
-  assert {name: len(worked) for name, worked in splits.items()} == {"train": spec.train, "test": spec.test}
-  everything = splits["train"] + splits["test"]
-  assert len({key(worked.problem) for worked in everything}) == len(everything)
+  assert {name: len(rows) for name, rows in splits.items()} == {"train": spec.train, "test": spec.test}
+  rows = splits["train"] + splits["test"]
+  assert len({key(row.problem) for row in rows}) == len(rows)
   deepest = 0
-  for problem, wrong in everything[:200]:
+  for problem, wrong in rows[:200]:
     assert len(problem.statements) == spec.people
     assert brute_force(problem.statements) == [problem.solution]
     assert len(wrong) == spec.people and wrong != problem.solution
@@ -107,53 +108,53 @@ def test_problems_are_distinct_and_within_the_spec_with_one_solution_and_a_wrong
   assert deepest == spec.depth
 
 
-def test_namings_of_a_problem_stay_in_the_training_split():
+def test_only_the_training_split_contains_several_namings_of_a_problem():
   splits = make_problems(KnightsSpec(people=4, train=100, test=30, namings=6))
-  assert {name: len(worked) for name, worked in splits.items()} == {"train": 100, "test": 30}
-  keys = {name: Counter(key(worked.problem) for worked in split) for name, split in splits.items()}
+  assert {name: len(rows) for name, rows in splits.items()} == {"train": 100, "test": 30}
+  keys = {name: Counter(key(row.problem) for row in split) for name, split in splits.items()}
   assert len(keys["train"]) == 17 and max(keys["train"].values()) == 6
   assert set(keys["test"].values()) == {1}
   assert not set(keys["train"]) & set(keys["test"])
-  assert len({worked.problem.statements for worked in splits["train"]}) > 90  # some problems look alike from all sides
+  assert len({row.problem.statements for row in splits["train"]}) > 90  # symmetric problems have equal namings
   for problem, wrong in splits["train"]:
     assert brute_force(problem.statements) == [problem.solution] != [wrong]
 
 
-def test_every_answer_is_as_likely_and_so_is_every_wrong_one():
-  made = make_problems(KnightsSpec(train=3900, test=100))["train"]
-  for counts in (Counter(worked.problem.solution for worked in made), Counter(worked.wrong for worked in made)):
+def test_solutions_and_wrong_answers_are_uniformly_distributed():
+  rows = make_problems(KnightsSpec(train=3900, test=100))["train"]
+  for counts in (Counter(row.problem.solution for row in rows), Counter(row.wrong_answer for row in rows)):
     assert len(counts) == 8
-    assert max(counts.values()) < 0.125 * 1.2 * len(made)
-    assert min(counts.values()) > 0.125 * 0.8 * len(made)
+    assert max(counts.values()) < 0.125 * 1.2 * len(rows)
+    assert min(counts.values()) > 0.125 * 0.8 * len(rows)
 
 
-def test_statements_say_something_and_no_operator_is_idle():
+def test_statements_are_informative_and_have_no_redundant_operators():
   for problem, _ in make_problems(KnightsSpec(people=4, depth=2, train=300, test=10))["train"]:
-    for person, said in enumerate(meaning(problem.statements)):
-      assert len(set(said)) == 2
-      assert said != meaning((("is", person),) * 4)[0]
+    for person, table in enumerate(truth_tables(problem.statements)):
+      assert len(set(table)) == 2
+      assert table != truth_tables((("is", person),) * 4)[0]
     for text in compact_text(problem.statements).split(";"):
       assert "!!" not in text
       if len(text) == 3 and text[1] in "&|>=":
         assert text[0] != text[2]
 
 
-def test_the_whole_universe_can_be_had_and_nothing_more():
+def test_generation_finds_all_existing_problems_and_reports_their_number():
   leaves = [("is", 0), ("is", 1), ("!", ("is", 0)), ("!", ("is", 1))]
-  said = leaves + [("&", left, right) for left, right in itertools.combinations(leaves, 2)]
+  candidates = leaves + [("&", left, right) for left, right in itertools.combinations(leaves, 2)]
   universe = set()
-  for statements in itertools.product(said, repeat=2):
+  for statements in itertools.product(candidates, repeat=2):
     vacuous = any(
-      len(set(truth)) == 1 or truth == own
-      for truth, own in zip(meaning(statements), meaning((("is", 0), ("is", 1))), strict=True)
+      len(set(table)) == 1 or table == own
+      for table, own in zip(truth_tables(statements), truth_tables((("is", 0), ("is", 1))), strict=True)
     )
     if not vacuous and len(brute_force(statements)) == 1:
-      universe.add(min(meaning(statements), meaning(rename(statements, (1, 0)))))
+      universe.add(min(truth_tables(statements), truth_tables(rename(statements, (1, 0)))))
   spec = KnightsSpec(people=2, operators="&", train=len(universe) - 2, test=2)
   assert {
-    min(meaning(worked.problem.statements), meaning(rename(worked.problem.statements, (1, 0))))
-    for split in make_problems(spec).values()
-    for worked in split
+    min(truth_tables(row.problem.statements), truth_tables(rename(row.problem.statements, (1, 0))))
+    for rows in make_problems(spec).values()
+    for row in rows
   } == universe
   with pytest.raises(ValueError, match=f"Found only {len(universe)} distinct .* raise people"):
     make_problems(dataclasses.replace(spec, test=3))
@@ -177,13 +178,13 @@ def test_the_whole_universe_can_be_had_and_nothing_more():
     ({"seed": -1}, "seed is -1"),
   ],
 )
-def test_impossible_specs_are_refused(change, message):
+def test_invalid_specs_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
     KnightsSpec(**change)
 
 
 def test_problems_do_not_depend_on_the_process_or_its_hash_seed():
-  code = (
+  code = skip_package_code("rspo_jax") + (
     "import hashlib; from rspo_jax.tasks.knights.generate import *;"
     "print(hashlib.sha256(repr(make_problems(KnightsSpec(train=200, test=50, seed=7))).encode()).hexdigest())"
   )
@@ -194,12 +195,12 @@ def test_problems_do_not_depend_on_the_process_or_its_hash_seed():
   assert make_problems(KnightsSpec(train=200, test=50, seed=8)) != make_problems(KnightsSpec(train=200, test=50))
 
 
-def test_demonstrations_are_right_and_wrong_in_both_styles():
+def test_demonstrations_are_correct_and_wrong_ones_incorrect_in_both_styles():
   for style in STYLES:
     assert check(demonstration(PROBLEM, style), PROBLEM, style).reason == "right"
-    drawn = {wrong_demonstration(PROBLEM, np.random.default_rng(seed), style) for seed in range(100)}
-    assert {check(text, PROBLEM, style).reason for text in drawn} == {"wrong"}
-    assert len(drawn) == 7
+    samples = {wrong_demonstration(PROBLEM, np.random.default_rng(seed), style) for seed in range(100)}
+    assert {check(text, PROBLEM, style).reason for text in samples} == {"wrong"}
+    assert len(samples) == 7
 
 
 @pytest.fixture(scope="module")
@@ -209,29 +210,29 @@ def folder(tmp_path_factory):
   return folder
 
 
-def test_what_is_read_is_what_was_made_in_both_styles_and_from_one_folder(folder, monkeypatch):
-  made = make_problems(KnightsSpec(**SPEC))
-  monkeypatch.setattr(dataset, "make_problems", lambda spec: pytest.fail("made again"))
+def test_loaded_examples_equal_the_generated_problems_in_both_styles_from_one_folder(folder, monkeypatch):
+  generated = make_problems(KnightsSpec(**SPEC))
+  monkeypatch.setattr(dataset, "make_problems", lambda spec: pytest.fail("generated again"))
   for style in STYLES:
     splits = DATASETS["knights"](folder, style=style, **SPEC)
     assert {name: len(split) for name, split in splits.items()} == {"train": 120, "test": 40}
     for name, split in splits.items():
-      for example, worked in zip(split.examples, made[name], strict=True):
-        assert example.gold == worked.problem
-        assert example.prompt == prompt_text(worked.problem, style)
+      for example, row in zip(split.examples, generated[name], strict=True):
+        assert example.gold == row.problem
+        assert example.prompt == prompt_text(row.problem, style)
         assert example.metadata == {"style": style}
         assert check(example.demonstration, example.gold, style).reason == "right"
         assert check(example.wrong_demonstration, example.gold, style).reason == "wrong"
-        assert check(example.wrong_demonstration, example.gold, style).answer == answer_text(worked.wrong)
+        assert check(example.wrong_demonstration, example.gold, style).answer == answer_text(row.wrong_answer)
   assert len(list(folder.glob("knights/*/1.0.0"))) == 1
 
 
-def test_every_field_of_the_spec_is_part_of_the_folders_name():
+def test_every_field_of_the_spec_is_part_of_the_folder_name():
   base = KnightsSpec()
   for field in dataclasses.fields(base):
     other = "&" if field.name == "operators" else getattr(base, field.name) + 1
     changed = dataclasses.replace(base, **{field.name: other})
-    assert KnightsConfig.of(changed).name != KnightsConfig.of(base).name, field.name
+    assert KnightsConfig.from_spec(changed).name != KnightsConfig.from_spec(base).name, field.name
   assert KnightsSpec(operators="#=&") == KnightsSpec(operators="&=#")
   assert canonical_operators("#!") == "!#" and len(canonical_operators(OPERATORS)) == 6
 
@@ -239,7 +240,7 @@ def test_every_field_of_the_spec_is_part_of_the_folders_name():
 @pytest.mark.parametrize(
   ("field", "value", "cause"),
   [
-    ("statements", b"A;B;C", "assignments fit 'A;B;C'"),
+    ("statements", b"A;B;C", "assignments of roles satisfy 'A;B;C'"),
     ("statements", b"A&;B;C", "want a letter"),
     ("statements", b"\xff", "UnicodeDecodeError"),
     ("statements", None, "KeyError: 'statements'"),
@@ -247,12 +248,13 @@ def test_every_field_of_the_spec_is_part_of_the_folders_name():
     ("wrong", b"A1B", "has the wrong answer 'A1B'"),
   ],
 )
-def test_a_broken_record_is_named_or_left_out(folder, monkeypatch, field, value, cause):
+def test_a_broken_record_is_reported_or_skipped(folder, monkeypatch, field, value, cause):
   prepare = dataset.prepare
 
   def damaged(spec, root):
     splits = {name: list(records) for name, records in prepare(spec, root).items()}
-    splits["train"][7] = {name: was for name, was in (splits["train"][7] | {field: value}).items() if was is not None}
+    record = splits["train"][7] | {field: value}
+    splits["train"][7] = {name: data for name, data in record.items() if data is not None}
     return splits
 
   monkeypatch.setattr(dataset, "prepare", damaged)
@@ -262,12 +264,12 @@ def test_a_broken_record_is_named_or_left_out(folder, monkeypatch, field, value,
   assert splits["train"].skipped == (7,) and len(splits["train"]) == 119
 
 
-def test_an_unknown_setting_is_named_with_those_there_are(tmp_path):
+def test_an_unknown_setting_is_reported_with_the_known_ones(tmp_path):
   with pytest.raises(ValueError, match="no setting peple; it has people, .*, style"):
     load_knights(tmp_path, peple=3)
 
 
-def test_compact_prompts_and_answers_have_a_token_for_every_character(folder):
+def test_the_character_tokenizer_round_trips_compact_prompts_and_answers(folder):
   tokenizer = make_tokenizer("", "knights")
   config = read_config(knights_tiny.get_config())
   assert tokenizer.vocab_size <= config.model.vocab_size

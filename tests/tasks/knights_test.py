@@ -1,4 +1,4 @@
-"""Knights and Knaves against a solver that never saw ours, and answers of every kind."""
+"""Knights and Knaves: the solver against an independent one, prompts, parsing, and checking of answers."""
 
 import itertools
 import time
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rspo_jax.data.datasets import load_knights
 from rspo_jax.data.examples import Example
 from rspo_jax.rewards.table import make_reward
-from rspo_jax.tasks.knights.answers import READ, read
+from rspo_jax.tasks.knights.answers import MAX_LENGTH, roles_from_english
 from rspo_jax.tasks.knights.generate import KnightsSpec, demonstration, make_problems
 from rspo_jax.tasks.knights.problem import (
   ALPHABET,
@@ -31,7 +31,7 @@ PROBLEM = Problem((("!", ("is", 1)), ("&", ("is", 0), ("is", 2)), ("#", 2)))
 
 
 def statements_of(people, leaves=6):
-  """Any statement of so many islanders, however silly."""
+  """Arbitrary statements about `people` islanders."""
   leaf = st.tuples(st.just("is"), st.integers(0, people - 1)) | st.tuples(st.just("#"), st.integers(0, people))
   nested = st.recursive(
     leaf,
@@ -45,46 +45,46 @@ def nesting(statement):
   return 0 if statement[0] in ("is", "#") else 1 + max(map(nesting, statement[1:]))
 
 
-scenes = st.integers(2, 4).flatmap(lambda people: st.tuples(*[statements_of(people)] * people))
+statement_lists = st.integers(2, 4).flatmap(lambda people: st.tuples(*[statements_of(people)] * people))
 
 
 @settings(max_examples=200, deadline=None)
-@given(scenes)
-def test_the_solver_finds_what_brute_force_finds(statements):
-  found = brute_force(statements)
-  assert solutions(statements) == found
-  if len(found) == 1:
-    assert Problem(statements).solution == found[0]
+@given(statement_lists)
+def test_solutions_agree_with_brute_force(statements):
+  expected = brute_force(statements)
+  assert solutions(statements) == expected
+  if len(expected) == 1:
+    assert Problem(statements).solution == expected[0]
   else:
-    with pytest.raises(ValueError, match=f"{len(found)} assignments fit"):
+    with pytest.raises(ValueError, match=f"{len(expected)} assignments of roles satisfy"):
       Problem(statements)
 
 
-def test_operators_mean_what_they_are_called():
+def test_operators_have_their_logical_meaning():
   a, b = ("is", 0), ("is", 1)
   for x, y in itertools.product((False, True), repeat=2):
     expected = {"&": x and y, "|": x or y, ">": not x or y, "=": x == y}
     for operator, value in expected.items():
-      # Two more people repeat the statement and its negation, so who is a knight says what is true.
-      scene = (a if x else ("!", a), b if y else ("!", b), (operator, a, b), ("!", (operator, a, b)))
-      assert {roles[2:] for roles in solutions(scene) if roles[:2] == (x, y)} <= {(value, not value)}
+      # The roles of two more islanders, who state the compound and its negation, give its truth value.
+      statements = (a if x else ("!", a), b if y else ("!", b), (operator, a, b), ("!", (operator, a, b)))
+      assert {roles[2:] for roles in solutions(statements) if roles[:2] == (x, y)} <= {(value, not value)}
   assert solutions((("#", 1), ("#", 2), ("#", 0))) == [(True, False, False)]
 
 
 @settings(max_examples=200, deadline=None)
-@given(scenes)
-def test_compact_text_is_read_back(statements):
+@given(statement_lists)
+def test_parse_inverts_compact_text(statements):
   assert parse(compact_text(statements)) == statements
   assert set(compact_text(statements)) <= set(ALPHABET)
 
 
-def test_prompts_tell_problems_apart_in_both_styles():
-  made = make_problems(KnightsSpec(depth=2, train=300, test=10))["train"]
+def test_different_problems_have_different_prompts_in_both_styles():
+  rows = make_problems(KnightsSpec(depth=2, train=300, test=10))["train"]
   for style in STYLES:
-    assert len({prompt_text(worked.problem, style) for worked in made}) == len(made)
+    assert len({prompt_text(row.problem, style) for row in rows}) == len(rows)
 
 
-def test_a_problem_reads_like_this():
+def test_prompts_and_demonstrations_of_example_problems():
   assert prompt_text(PROBLEM) == "A:!B;B:A&C;C:#2?"
   english = prompt_text(PROBLEM, "english")
   assert "You meet Alice, Bob and Carol." in english
@@ -102,7 +102,7 @@ def test_a_problem_reads_like_this():
 
 
 @pytest.mark.parametrize(
-  ("text", "wanted"),
+  ("text", "expected"),
   [
     ("", "the end"),
     ("A;", "the end"),
@@ -119,8 +119,8 @@ def test_a_problem_reads_like_this():
     ("(" * 100_000, "at most 8"),
   ],
 )
-def test_texts_that_are_no_statements_are_refused(text, wanted):
-  with pytest.raises(ValueError, match=wanted):
+def test_parse_refuses_malformed_text(text, expected):
+  with pytest.raises(ValueError, match=expected):
     parse(text)
 
 
@@ -142,7 +142,7 @@ def test_texts_that_are_no_statements_are_refused(text, wanted):
     (None, None),
   ],
 )
-def test_what_are_no_statements_is_refused(statements):
+def test_invalid_statements_are_refused(statements):
   with pytest.raises(ValueError, match=r"want a tuple|is no statement"):
     Problem(statements)
 
@@ -172,7 +172,7 @@ def test_what_are_no_statements_is_refused(statements):
     ("A1B0C0" * 100_000, "not an answer"),
   ],
 )
-def test_compact_answers_are_judged_to_the_letter(text, reason):
+def test_verdicts_on_compact_answers(text, reason):
   verdict = check(text, PROBLEM)
   assert verdict == (
     reason in ("right", "wrong"),
@@ -207,7 +207,7 @@ RIGHT = "Alice is a knight, Bob is a knave, Carol is a knave"
     "x" * 100_000 + f" {RIGHT}",
   ],
 )
-def test_right_english_answers_are_right(text):
+def test_correct_english_answers_are_accepted(text):
   assert check(text, PROBLEM, "english") == (True, True, "right", "A1B0C0")
 
 
@@ -237,15 +237,15 @@ def test_right_english_answers_are_right(text):
     (RIGHT.replace("Alice", "Аl\u200bice"), "names missing"),
     (RIGHT.replace("Bob", "éBob"), "names missing"),
     (RIGHT.replace("Alice", "Ａｌｉｃｅ"), "names missing"),
-    (RIGHT + "x" * READ, "no answer"),
+    (RIGHT + "x" * MAX_LENGTH, "no answer"),
     ("\ud800\x00", "no answer"),
   ],
 )
-def test_english_without_one_clear_role_for_each_is_not_valid(text, reason):
+def test_english_without_exactly_one_role_for_each_islander_is_not_valid(text, reason):
   assert check(text, PROBLEM, "english") == (False, False, reason, "")
 
 
-def test_wrong_english_answers_are_valid_and_the_last_word_counts():
+def test_incorrect_english_answers_are_valid_and_the_last_claim_counts():
   assert check(rf"\boxed{{{RIGHT}}} \boxed{{{RIGHT.replace('knave', 'knight')}}}", PROBLEM, "english") == (
     True,
     False,
@@ -258,15 +258,15 @@ def test_wrong_english_answers_are_valid_and_the_last_word_counts():
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.booleans(), min_size=2, max_size=8).map(tuple), st.data())
-def test_roles_survive_being_written_and_read(roles, data):
-  assert read(answer_text(roles, "english"), NAMES[: len(roles)]) == (roles, "")
+def test_parsed_roles_are_those_that_were_written(roles, data):
+  assert roles_from_english(answer_text(roles, "english"), NAMES[: len(roles)]) == (roles, "")
   forms = ["{} is a {}", "{}: {}", "so {} must be a {}", "**{}** is the {}"]
-  said = [
+  claims = [
     data.draw(st.sampled_from(forms)).format(name, "knight" if role else "knave")
     for name, role in data.draw(st.permutations(list(zip(NAMES, roles, strict=False))))
   ]
-  joined = data.draw(st.sampled_from([", ", ".\n", "; ", " and ", "\n- "])).join(said)
-  assert read(joined, NAMES[: len(roles)]) == (roles, "")
+  joined = data.draw(st.sampled_from([", ", ".\n", "; ", " and ", "\n- "])).join(claims)
+  assert roles_from_english(joined, NAMES[: len(roles)]) == (roles, "")
 
 
 PIECES = [*"{},.\n", "Alice", "Bob", "Carol", " is a ", " are ", "knight", "knave", " and ", " or ", r"\boxed{"]
@@ -278,15 +278,15 @@ def test_no_text_raises_and_arbitrary_text_is_no_answer(text, collage):
   for style in STYLES:
     assert not check(text, PROBLEM, style).valid
     verdict = check(collage, PROBLEM, style)
-    assert verdict.valid == bool(verdict.answer) and verdict.right == (verdict.answer == "A1B0C0")
+    assert verdict.valid == bool(verdict.answer) and verdict.correct == (verdict.answer == "A1B0C0")
 
 
-def test_nothing_a_policy_writes_takes_long():
-  long = [*"{}\\\n ", "Alice, ", r"\boxed{", "Alice is ", "Alice and ", "Alice is a knight or ", f"{RIGHT}. "]
-  started = time.process_time()
-  for text in long:
+def test_no_text_takes_long_to_check():
+  pieces = [*"{}\\\n ", "Alice, ", r"\boxed{", "Alice is ", "Alice and ", "Alice is a knight or ", f"{RIGHT}. "]
+  start = time.process_time()
+  for text in pieces:
     check(text * 100_000, PROBLEM, "english")
-  assert time.process_time() - started < 2.0
+  assert time.process_time() - start < 2.0
 
 
 def test_an_unknown_style_is_refused():
@@ -295,15 +295,15 @@ def test_an_unknown_style_is_refused():
       call()
 
 
-def test_the_reward_pays_for_right_roles_and_a_little_for_the_form():
+def test_the_reward_is_one_for_correct_roles_and_format_reward_for_valid_answers():
   example = Example(prompt_text(PROBLEM), PROBLEM, metadata={"style": "compact"})
   reward = make_reward("knights", format_reward=0.25)
   assert reward("A1B0C0", example) == (1.0, True, True, "right", "A1B0C0")
   assert reward("A1B0C1", example) == (0.25, False, True, "wrong", "A1B0C1")
   assert reward("A1B0", example) == (0.0, False, False, "not an answer", "")
   english = example._replace(metadata={"style": "english"})
-  one, other = reward(RIGHT, english), reward(r"\boxed{Bob and Carol are knaves, Alice is a knight}", english)
-  assert one == other == (1.0, True, True, "right", "A1B0C0")
-  for wrong in (1.0, -0.1):
+  for text in (RIGHT, r"\boxed{Bob and Carol are knaves, Alice is a knight}"):
+    assert reward(text, english) == (1.0, True, True, "right", "A1B0C0")
+  for invalid in (1.0, -0.1):
     with pytest.raises(ValueError, match="format_reward is"):
-      make_reward("knights", format_reward=wrong)("A1B0C0", example)
+      make_reward("knights", format_reward=invalid)("A1B0C0", example)

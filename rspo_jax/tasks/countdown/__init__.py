@@ -1,12 +1,13 @@
-"""Countdown: reach a target with the given numbers, each used once. Problems, their answers and how they are made.
+"""Countdown: reach a target with the given numbers, each used once.
 
-`rspo_jax.tasks.countdown.dataset` keeps generated problems as a TFDS data set; it is imported on its own because TFDS
-is slow to import.
+Belongs here: problems, the checker of answers, the generator, and in `dataset`, which is not imported here because TFDS
+is slow to import, the data set on disk. Does not belong here: the reward (`rspo_jax.rewards.puzzles`) and the loader of
+examples (`rspo_jax.data.datasets`).
 """
 
 from rspo_jax.tasks.countdown.generate import (
   CountdownSpec,
-  Worked,
+  SolvedProblem,
   demonstration,
   make_problems,
   solutions,
@@ -19,8 +20,8 @@ __all__ = [
   "OPERATORS",
   "CountdownSpec",
   "Problem",
+  "SolvedProblem",
   "Verdict",
-  "Worked",
   "check",
   "demonstration",
   "make_problems",

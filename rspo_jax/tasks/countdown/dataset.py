@@ -1,4 +1,4 @@
-"""The Countdown data set as a TFDS builder, written as array_record files and read without TensorFlow."""
+"""The Countdown data set as a TFDS builder; see `rspo_jax.tasks.tfds_folders`."""
 
 import dataclasses
 from pathlib import Path
@@ -8,25 +8,20 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from rspo_jax.tasks import tfds_folders
-from rspo_jax.tasks.countdown.generate import CountdownSpec, Worked, make_problems
+from rspo_jax.tasks.countdown.generate import CountdownSpec, SolvedProblem, make_problems
 from rspo_jax.tasks.countdown.problem import Problem, check
 
-_LETTERS = {
-  "+": "a",
-  "-": "s",
-  "*": "m",
-  "/": "d",
-}  # add, subtract, multiply, divide: safe in a folder's name
+_LETTERS = {"+": "a", "-": "s", "*": "m", "/": "d"}  # add, subtract, multiply, divide; valid in folder names
 
 
 @dataclasses.dataclass
 class CountdownConfig(tfds.core.BuilderConfig):
-  """A builder configuration whose name, and so whose folder, says the whole spec."""
+  """A builder configuration whose name, and therefore whose folder, encodes the whole spec."""
 
   spec: CountdownSpec = dataclasses.field(default_factory=CountdownSpec)
 
   @classmethod
-  def of(cls, spec: CountdownSpec) -> "CountdownConfig":
+  def from_spec(cls, spec: CountdownSpec) -> "CountdownConfig":
     letters = "".join(_LETTERS[operator] for operator in spec.operators)
     name = (
       f"n{spec.numbers}_{spec.low}to{spec.high}_t{spec.target_low}to{spec.target_high}_{letters}"
@@ -36,9 +31,9 @@ class CountdownConfig(tfds.core.BuilderConfig):
 
 
 class Countdown(tfds.core.GeneratorBasedBuilder):
-  """Features: numbers [n] int32, target int32, demonstration (right) and wrong_demonstration text."""
+  """Features: numbers [n] int32, target int32; demonstration (a solution) and wrong_demonstration, text."""
 
-  # Part of the folder's name: raise it whenever the same spec would give other records.
+  # Part of the folder name. Increase it with every change that gives other records for the same spec.
   VERSION = tfds.core.Version("1.0.0")
 
   def _info(self):
@@ -52,41 +47,41 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
         }
       ),
       description="Reach the target with each number exactly once.",
-      disable_shuffling=True,  # the problems come in random order already
+      disable_shuffling=True,  # the problems are already in random order
     )
 
   def _split_generators(self, dl_manager):
     del dl_manager
-    return {split: self._generate_examples(worked) for split, worked in make_problems(self.builder_config.spec).items()}
+    return {split: self._generate_examples(rows) for split, rows in make_problems(self.builder_config.spec).items()}
 
-  def _generate_examples(self, worked):
-    for index, (problem, right, wrong) in enumerate(worked):
-      yield (
-        index,
-        {
-          "numbers": np.array(problem.numbers, np.int32),
-          "target": problem.target,
-          "demonstration": right,
-          "wrong_demonstration": wrong,
-        },
-      )
+  def _generate_examples(self, rows):
+    return enumerate(map(_record, rows))
 
 
-def worked_of(record: dict, operators: str) -> Worked:
-  """One record as TFDS reads it. Raises (ValueError, KeyError) if it is not a problem with its two expressions."""
+def _record(row: SolvedProblem) -> dict[str, Any]:
+  return {
+    "numbers": np.array(row.problem.numbers, np.int32),
+    "target": row.problem.target,
+    "demonstration": row.solution,
+    "wrong_demonstration": row.wrong_answer,
+  }
+
+
+def problem_from_record(record: dict[str, Any], operators: str) -> SolvedProblem:
+  """Converts a record read by TFDS. Raises ValueError or KeyError unless it has a problem and its two expressions."""
   problem = Problem(tuple(np.asarray(record["numbers"]).tolist()), np.asarray(record["target"]).item())
-  worked = Worked(problem, record["demonstration"].decode("ascii"), record["wrong_demonstration"].decode("ascii"))
-  verdicts = check(worked.right, problem, operators).reason, check(worked.wrong, problem, operators).reason
-  if verdicts != ("right", "wrong value"):
-    raise ValueError(f"{worked} has demonstrations that are judged {verdicts}, not right and wrong value")
-  return worked
+  row = SolvedProblem(problem, record["demonstration"].decode("ascii"), record["wrong_demonstration"].decode("ascii"))
+  reasons = check(row.solution, problem, operators).reason, check(row.wrong_answer, problem, operators).reason
+  if reasons != ("right", "wrong value"):
+    raise ValueError(f"{row} has demonstrations with the verdicts {reasons}; want right and wrong value")
+  return row
 
 
-def folder_of(spec: CountdownSpec, root: Path) -> Path:
-  """The folder under the root that holds this spec's files."""
-  return tfds_folders.folder_of(Countdown, CountdownConfig.of(spec), root)
+def data_folder(spec: CountdownSpec, root: Path) -> Path:
+  """The folder below `root` that contains the files of this spec."""
+  return tfds_folders.data_folder(Countdown, CountdownConfig.from_spec(spec), root)
 
 
 def prepare(spec: CountdownSpec, root: Path) -> dict[str, Any]:
-  """{split: records} of this spec, made first if they are not there; see `tfds_folders.prepare`."""
-  return tfds_folders.prepare(Countdown, CountdownConfig.of(spec), root)
+  """{split: records} of this spec; see `tfds_folders.prepare`."""
+  return tfds_folders.prepare(Countdown, CountdownConfig.from_spec(spec), root)

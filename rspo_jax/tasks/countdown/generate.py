@@ -1,8 +1,8 @@
-"""Makes Countdown problems with demonstrations, right and deliberately wrong.
+"""Generates Countdown problems with demonstrations: a solution, and an expression that is deliberately wrong.
 
-Problems come from random expressions, so each is solvable by construction. The expressions are drawn and evaluated
-many at a time in numpy, each value a pair of int64 (numerator, denominator) that is never reduced. That is exact as
-long as nothing overflows; `CountdownSpec` refuses ranges that could.
+Problems are generated from random expressions, so each one is solvable by construction. Expressions are sampled and
+evaluated in numpy batches, with values as unreduced int64 fractions (numerator, denominator). This is exact unless
+int64 overflows; `CountdownSpec` refuses ranges that could overflow.
 """
 
 import dataclasses
@@ -15,22 +15,22 @@ import numpy as np
 
 from rspo_jax.tasks.countdown.problem import OPERATORS, Problem, Term, apply, canonical_operators, join
 
-_CHUNK = 65536  # expressions drawn at a time
-_DRY = 2**20  # expressions drawn without meeting a new problem before the universe counts as exhausted
-_TRIES = 64  # wrong expressions tried before a problem counts as one without any
+_BATCH = 65536  # largest number of expressions sampled together
+_PATIENCE = 2**20  # expressions sampled without a new problem before generation gives up
+_TRIES = 64  # expressions sampled per problem to find a wrong one
 
 
 @dataclasses.dataclass(frozen=True)
 class CountdownSpec:
-  """Which problems to make.
+  """Specification of the problems to generate.
 
   Attributes:
-    numbers: how many numbers a problem has, 2 to 6.
+    numbers: count of numbers in a problem, 2 to 6.
     low, high: smallest and largest number, 1 <= low <= high.
     target_low, target_high: smallest and largest target, >= 1.
-    operators: some of '+-*/'. A lone '+' or '*' is refused: every expression would be right.
-    train, test: how many problems of each split, all distinct up to the order of their numbers.
-    seed: the same spec gives the same problems in every process.
+    operators: a subset of '+-*/'. A single '+' or '*' is refused, because every expression would be correct.
+    train, test: number of problems of each split, all distinct up to the order of their numbers.
+    seed: random seed, >= 0. Equal specs give equal problems in every process.
   Raises:
     ValueError: a field out of range, or numbers so large that int64 arithmetic would not be exact.
   """
@@ -49,7 +49,7 @@ class CountdownSpec:
     object.__setattr__(self, "operators", canonical_operators(self.operators))
     if self.operators in ("+", "*"):
       raise ValueError(
-        f"operators is {self.operators!r}: every expression over the numbers is right. Add another operator."
+        f"operators is {self.operators!r}: every expression over the numbers is correct. Add another operator."
       )
     if not 2 <= self.numbers <= 6:
       raise ValueError(f"numbers is {self.numbers}; want 2 to 6 numbers in a problem.")
@@ -57,156 +57,159 @@ class CountdownSpec:
       low, high = getattr(self, f"{name}low"), getattr(self, f"{name}high")
       if not 1 <= low <= high:
         raise ValueError(f"{name}low is {low} and {name}high is {high}; want 1 <= {name}low <= {name}high.")
-    for name, least in (("train", 1), ("test", 1), ("seed", 0)):
-      if getattr(self, name) < least:
-        raise ValueError(f"{name} is {getattr(self, name)}; want {least} or more.")
+    for name, minimum in (("train", 1), ("test", 1), ("seed", 0)):
+      if getattr(self, name) < minimum:
+        raise ValueError(f"{name} is {getattr(self, name)}; want {minimum} or more.")
     if self.high**self.numbers * 2**self.numbers >= 2**63 or self.target_high >= 2**31:
       raise ValueError(
-        f"{self.numbers} numbers up to {self.high} with targets up to {self.target_high} are too large to compute "
-        "with exactly in 64 bits. Lower high, numbers or target_high."
+        f"{self.numbers} numbers up to {self.high} with targets up to {self.target_high} are too large for exact "
+        "arithmetic in 64 bits. Lower high, numbers or target_high."
       )
 
 
-class Worked(NamedTuple):
-  """A problem, an expression that solves it, and one over the same numbers that does not."""
+class SolvedProblem(NamedTuple):
+  """A problem, an expression that solves it, and a valid expression over the same numbers that does not."""
 
   problem: Problem
-  right: str
-  wrong: str
+  solution: str
+  wrong_answer: str
 
 
-def make_problems(spec: CountdownSpec) -> dict[str, list[Worked]]:
-  """{'train': spec.train problems, 'test': spec.test problems}, no two of which have the same `Problem.key`.
+def make_problems(spec: CountdownSpec) -> dict[str, list[SolvedProblem]]:
+  """{'train': spec.train problems, 'test': spec.test problems}; all have different `Problem.key`.
 
-  A problem with many solutions is likelier to be drawn than one with few. Left out are the few problems whose every
-  expression has the same value, as 2 and 2 with + and *.
+  Problems with many solutions are more likely than those with few. Problems without a wrong expression are excluded,
+  such as 2 and 2 with target 4 and operators + and *.
 
   Raises:
-    ValueError: fewer distinct problems were found than asked for; says how many and what to widen.
+    ValueError: fewer distinct problems exist than requested; the message gives their number and the fields to widen.
   """
   count = spec.train + spec.test
   rng = np.random.default_rng(spec.seed)
   seen: set[tuple] = set()
-  made: list[Worked] = []
-  draws, newest = 0, 0
-  rows = min(_CHUNK, 1024 + 4 * count)
-  while len(made) < count:
-    if draws - newest > max(_DRY, draws // 2):
+  problems: list[SolvedProblem] = []
+  samples, last_new = 0, 0  # expressions sampled in all, and up to the last new problem
+  rows = min(_BATCH, 1024 + 4 * count)
+  while len(problems) < count:
+    if samples - last_new > max(_PATIENCE, samples // 2):
       raise ValueError(
-        f"Found only {len(made)} distinct Countdown problems in {draws} random expressions; train + test asks "
-        f"for {count}. Ask for fewer, or widen numbers ({spec.numbers}), low..high ({spec.low}..{spec.high}), "
+        f"Found only {len(problems)} distinct Countdown problems in {samples} random expressions; want train + test = "
+        f"{count}. Ask for fewer, or widen numbers ({spec.numbers}), low..high ({spec.low}..{spec.high}), "
         f"target_low..target_high ({spec.target_low}..{spec.target_high}) or operators ({spec.operators!r})."
       )
-    fresh = _draw_solved(rng, rows, spec, seen)
-    wrong = _wrong(rng, [problem for problem, _ in fresh], spec.operators)
-    made.extend(Worked(*solved, text) for solved, text in zip(fresh, wrong, strict=True) if text)
-    draws += rows
-    newest = draws if fresh else newest
-  # What is drawn first is easier than what is drawn last: without the permutation the splits would differ.
+    new = _sample_solved(rng, rows, spec, seen)
+    wrong = _wrong_answers(rng, [problem for problem, _ in new], spec.operators)
+    problems.extend(SolvedProblem(*solved, text) for solved, text in zip(new, wrong, strict=True) if text)
+    samples += rows
+    last_new = samples if new else last_new
+  # Problems sampled early have more solutions than later ones; the permutation makes the splits equally hard.
   order = rng.permutation(count)
   return {
-    "test": [made[i] for i in order[: spec.test]],
-    "train": [made[i] for i in order[spec.test :]],
+    "test": [problems[i] for i in order[: spec.test]],
+    "train": [problems[i] for i in order[spec.test :]],
   }
 
 
 def solutions(problem: Problem, operators: str = OPERATORS) -> list[str]:
-  """Every right expression without needless parentheses, sorted. Milliseconds for 3 numbers, seconds for 6."""
+  """All expressions that solve the problem, without redundant parentheses, sorted.
+
+  Takes milliseconds for 3 numbers, seconds for 6.
+  """
   target = Fraction(problem.target)
-  everything = (1 << len(problem.numbers)) - 1
-  # ways[chosen][value]: how the chosen numbers (a bit mask) can reach a value, by their last operation.
+  all_numbers = (1 << len(problem.numbers)) - 1
+  # ways[subset][value]: the last operations by which a subset of the numbers (a bit mask) can reach a value.
   ways: dict[int, dict[Fraction, list]] = {1 << i: {Fraction(number): []} for i, number in enumerate(problem.numbers)}
-  for chosen in range(1, everything + 1):
-    if chosen in ways:
+  for subset in range(1, all_numbers + 1):
+    if subset in ways:
       continue
-    reached = ways[chosen] = {}
-    for left, right in _halves(chosen):
+    reached = ways[subset] = {}
+    for left, right in _partitions(subset):
       for a, b, operator in itertools.product(ways[left], ways[right], operators):
         value = apply(operator, a, b)
-        if value is not None and (chosen != everything or value == target):
+        if value is not None and (subset != all_numbers or value == target):
           reached.setdefault(value, []).append((operator, left, a, right, b))
 
-  def derive(chosen: int, value: Fraction) -> Iterator[Term]:
-    if chosen.bit_count() == 1:
+  def derive(subset: int, value: Fraction) -> Iterator[Term]:
+    if subset.bit_count() == 1:
       yield Term(str(value), 3)
-    for operator, left, a, right, b in ways[chosen].get(value, ()):
+    for operator, left, a, right, b in ways[subset].get(value, ()):
       for first, second in itertools.product(derive(left, a), derive(right, b)):
         yield join(operator, first, second)
 
-  return sorted({term.text for term in derive(everything, target)})
+  return sorted({term.text for term in derive(all_numbers, target)})
 
 
 def demonstration(problem: Problem, rng: np.random.Generator, operators: str = OPERATORS) -> str:
-  """One of `solutions`, each as likely. ValueError if there is none."""
-  right = solutions(problem, operators)
-  if not right:
+  """One of `solutions`, sampled uniformly. Raises ValueError if there is none."""
+  texts = solutions(problem, operators)
+  if not texts:
     raise ValueError(f"{problem} cannot be solved with {operators!r}.")
-  return right[rng.integers(len(right))]
+  return texts[rng.integers(len(texts))]
 
 
 def wrong_demonstration(problem: Problem, rng: np.random.Generator, operators: str = OPERATORS) -> str:
-  """A valid expression over the right numbers with a wrong value, for warm starts that are noisy on purpose.
+  """A valid expression with another value than the target, for supervised warm starts with deliberate errors.
 
   Raises:
     ValueError: none was found, as for numbers 2 and 2 with target 4 and operators + and *.
   """
-  (text,) = _wrong(rng, [problem], operators)
+  (text,) = _wrong_answers(rng, [problem], operators)
   if not text:
     raise ValueError(f"Every expression over {problem.numbers} with {operators!r} seems to equal {problem.target}.")
   return text
 
 
-def _halves(chosen):
-  """Every ordered way to part a bit mask into two that are not empty."""
-  left = (chosen - 1) & chosen
+def _partitions(subset):
+  """All ordered partitions of a bit mask into two non-empty bit masks."""
+  left = (subset - 1) & subset
   while left:
-    yield left, chosen ^ left
-    left = (left - 1) & chosen
+    yield left, subset ^ left
+    left = (left - 1) & subset
 
 
-def _draw_solved(rng, rows, spec, seen):
-  """[(problem, expression that solves it)] from `rows` random expressions, but none whose key was seen before."""
+def _sample_solved(rng, rows, spec, seen):
+  """[(problem, solution)] from `rows` random expressions, for problems whose key is not in `seen`; adds the keys."""
   leaves = rng.integers(spec.low, spec.high + 1, size=(rows, spec.numbers))
   merges, numerator, denominator = _random_expressions(rng, leaves, spec.operators)
   defined = denominator != 0
-  target, rest = np.divmod(numerator, np.where(defined, denominator, 1))
-  fits = defined & (rest == 0) & (target >= spec.target_low) & (target <= spec.target_high)
-  leaves, target, merges = leaves[fits], target[fits], merges[fits]
-  fresh = []
+  target, remainder = np.divmod(numerator, np.where(defined, denominator, 1))
+  usable = defined & (remainder == 0) & (target >= spec.target_low) & (target <= spec.target_high)
+  leaves, target, merges = leaves[usable], target[usable], merges[usable]
+  new = []
   for row, key in enumerate(np.column_stack([np.sort(leaves, axis=1), target]).tolist()):
     if (key := tuple(key)) not in seen:
       seen.add(key)
       problem = Problem(tuple(leaves[row].tolist()), key[-1])
-      fresh.append((problem, _text(problem.numbers, merges[row].tolist())))
-  return fresh
+      new.append((problem, _text(problem.numbers, merges[row].tolist())))
+  return new
 
 
-def _wrong(rng, problems: Sequence[Problem], operators: str) -> list[str]:
-  """Per problem, all of them equally many numbers, a valid expression with another value; '' if none was found."""
+def _wrong_answers(rng, problems: Sequence[Problem], operators: str) -> list[str]:
+  """For each problem a valid expression with another value, '' if none was found. All have equally many numbers."""
   texts = [""] * len(problems)
-  left = np.arange(len(problems))
+  remaining = np.arange(len(problems))
   leaves = np.array([problem.numbers for problem in problems], np.int64)
   targets = np.array([problem.target for problem in problems], np.int64)
   for _ in range(_TRIES):
-    if not left.size:
+    if not remaining.size:
       break
-    merges, numerator, denominator = _random_expressions(rng, leaves[left], operators)
-    # Should the product wrap around, a wrong expression may pass for a right one and be drawn again: no harm done.
-    wrong = (denominator != 0) & (numerator != targets[left] * denominator)
-    for index, steps in zip(left[wrong], merges[wrong].tolist(), strict=True):
+    merges, numerator, denominator = _random_expressions(rng, leaves[remaining], operators)
+    # If the product overflows, a wrong expression may be taken for a correct one; then another one is sampled.
+    wrong = (denominator != 0) & (numerator != targets[remaining] * denominator)
+    for index, steps in zip(remaining[wrong], merges[wrong].tolist(), strict=True):
       texts[index] = _text(problems[index].numbers, steps)
-    left = left[~wrong]
+    remaining = remaining[~wrong]
   return texts
 
 
 def _random_expressions(rng, leaves, operators):
-  """Joins two random parts of each row until one is left.
+  """Samples an expression for each row of numbers by joining two random parts until one is left.
 
   Args:
     leaves: [N, n] int64.
   Returns:
     merges [N, n - 1, 3]: positions of the left and the right part, and the operator's index in OPERATORS, for `_text`;
-    numerator [N]; denominator [N], 0 where something was divided by zero.
+    numerator [N]; denominator [N], 0 for a division by zero.
   """
   count, size = leaves.shape
   row = np.arange(count)
@@ -219,7 +222,7 @@ def _random_expressions(rng, leaves, operators):
     j += j >= i
     operator = choice[rng.integers(len(choice), size=count)]
     a, b, c, d = numerator[row, i], denominator[row, i], numerator[row, j], denominator[row, j]
-    # A division by zero, or by something undefined (0 / 0), leaves a denominator of 0; every operation keeps that.
+    # A division by zero or by an undefined value gives denominator 0, which all later operations preserve.
     numerator[row, i] = np.choose(operator, [a * d + b * c, a * d - b * c, a * c, np.where(c == 0, 0, a * d)])
     denominator[row, i] = np.choose(operator, [b * d, b * d, b * d, b * c])
     numerator[row, j], denominator[row, j] = numerator[:, parts - 1], denominator[:, parts - 1]
@@ -228,7 +231,7 @@ def _random_expressions(rng, leaves, operators):
 
 
 def _text(numbers, merges):
-  """The expression that `merges` of one row stand for."""
+  """The expression described by one row of `merges`."""
   terms = [Term(str(number), 3) for number in numbers]
   for i, j, operator in merges:
     terms[i] = join(OPERATORS[operator], terms[i], terms[j])

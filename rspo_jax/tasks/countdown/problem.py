@@ -1,8 +1,8 @@
-"""Countdown problems. Reach a target with each given number exactly once and the four operations.
+"""Countdown problems: reach a target with the four operations, using each given number exactly once.
 
-As a prompt a problem reads `"3 7 12=22:"`; `"3+7+12"`, then the end of the sequence, answers it. Answers are judged
-by a parser of our own: no text is ever executed, arithmetic is exact, and no text makes it raise or run long.
-`rspo_jax.tasks.countdown.generate` makes problems and demonstrations.
+The prompt of a problem is `"3 7 12=22:"`; `"3+7+12"`, followed by the end token, solves it. Answers are checked by the
+parser in this module: text is never executed, arithmetic is exact, and no text makes the parser raise or take long.
+`rspo_jax.tasks.countdown.generate` generates problems and demonstrations.
 """
 
 import dataclasses
@@ -10,9 +10,9 @@ from fractions import Fraction
 from typing import NamedTuple
 
 OPERATORS = "+-*/"
-ALPHABET = "0123456789+-*/() =:"  # every character of a prompt or of an answer
-MAX_LENGTH = 256  # characters of an answer; six numbers of nine digits need under a hundred
-MAX_DEPTH = 16  # open parentheses
+ALPHABET = "0123456789+-*/() =:"  # all characters of prompts and answers
+MAX_LENGTH = 256  # characters of an answer; six numbers of nine digits need fewer than 100
+MAX_DEPTH = 16  # nested parentheses
 
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 _ANSWER_CHARACTERS = frozenset("0123456789+-*/() ")
@@ -20,13 +20,13 @@ _ANSWER_CHARACTERS = frozenset("0123456789+-*/() ")
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """Numbers to use once each, and the value to reach.
+  """Numbers to use exactly once each, and the value to reach.
 
   Attributes:
-    numbers: 2 to 6 positive integers, in the order the prompt shows them.
+    numbers: 2 to 6 positive integers, in the order of the prompt.
     target: positive integer.
   Raises:
-    ValueError: anything else; says which field.
+    ValueError: any other value; the message names the field.
   """
 
   numbers: tuple[int, ...]
@@ -41,30 +41,30 @@ class Problem:
 
   @property
   def key(self) -> tuple[tuple[int, ...], int]:
-    """What makes two problems the same: the numbers in any order, and the target."""
+    """Equal for equivalent problems: the sorted numbers, and the target."""
     return tuple(sorted(self.numbers)), self.target
 
 
 class Verdict(NamedTuple):
-  """What an answer is worth.
+  """The result of checking an answer.
 
   Attributes:
-    valid: an expression of allowed operators over exactly the given numbers, whatever its value.
+    valid: it is an expression with allowed operators over exactly the given numbers; its value may differ.
     value: its exact value; None if it is not valid or divides by zero.
-    right: value equals the target.
-    why: of a valid answer 'right', 'wrong value' or 'division by zero'; of any other 'wrong numbers', 'operator not
-      allowed', 'not an expression', 'too deep' (more than MAX_DEPTH parentheses open at once) or 'too long' (more
-      than MAX_LENGTH characters).
+    correct: its value equals the target.
+    reason: for a valid answer 'right', 'wrong value' or 'division by zero'; otherwise 'wrong numbers', 'operator not
+      allowed', 'not an expression', 'too deep' (more than MAX_DEPTH nested parentheses) or 'too long' (more than
+      MAX_LENGTH characters).
   """
 
   valid: bool
   value: Fraction | None
-  right: bool
+  correct: bool
   reason: str
 
 
 def canonical_operators(operators: str) -> str:
-  """The operators in the order of OPERATORS. ValueError for none, a repeated or an unknown one."""
+  """The operators in the order of OPERATORS. Raises ValueError for none, a repeated or an unknown one."""
   chosen = "".join(operator for operator in OPERATORS if operator in operators)
   if not chosen or len(chosen) != len(operators):
     raise ValueError(f"operators is {operators!r}; want some of {OPERATORS!r}, each at most once.")
@@ -72,16 +72,16 @@ def canonical_operators(operators: str) -> str:
 
 
 def prompt_text(problem: Problem) -> str:
-  """The prompt, e.g. '3 7 12=22:', which the policy answers with an expression and the end token."""
+  """The prompt, for example '3 7 12=22:'; the policy continues it with an expression and the end token."""
   return f"{' '.join(map(str, problem.numbers))}={problem.target}:"
 
 
 def check(text: str, problem: Problem, operators: str = OPERATORS) -> Verdict:
-  """Judges an answer. Returns for every text, however strange, and reads at most MAX_LENGTH characters of it.
+  """Checks an answer. Does not raise for any text; longer text than MAX_LENGTH characters is not parsed.
 
-  The grammar: decimal ASCII integers without leading zeros, binary operators of the usual precedence that associate
-  to the left, parentheses, and ASCII spaces between tokens. Signs, powers, floor division, floats, underscores and
-  '=' are 'not an expression'.
+  Grammar: decimal ASCII integers without leading zeros, left-associative binary operators with the usual precedence,
+  parentheses, and ASCII spaces between tokens. Signs, powers, floor division, floats, underscores and '=' are 'not an
+  expression'.
   """
   if len(text) > MAX_LENGTH:
     return Verdict(False, None, False, "too long")
@@ -95,15 +95,15 @@ def check(text: str, problem: Problem, operators: str = OPERATORS) -> Verdict:
   value = _evaluate(postfix)
   if value is None:
     return Verdict(True, None, False, "division by zero")
-  right = value == problem.target
-  return Verdict(True, value, right, "right" if right else "wrong value")
+  correct = value == problem.target
+  return Verdict(True, value, correct, "right" if correct else "wrong value")
 
 
 def _tokens(text):
-  """Numbers and single characters, in order. The text has only _ANSWER_CHARACTERS."""
+  """Splits text that consists of _ANSWER_CHARACTERS into numbers and single characters, in order."""
   tokens = []
-  for character, before in zip(text, " " + text, strict=False):
-    if character in "0123456789" and before in "0123456789":
+  for character, previous in zip(text, " " + text, strict=False):
+    if character in "0123456789" and previous in "0123456789":
       tokens[-1] += character
     elif character != " ":
       tokens.append(character)
@@ -111,13 +111,13 @@ def _tokens(text):
 
 
 def _parse(text):
-  """(tokens in postfix order, '') or ([], why not). The stack is explicit: no text makes this recurse."""
+  """Returns (tokens in postfix order, '') or ([], reason). Uses an explicit stack instead of recursion."""
   if not _ANSWER_CHARACTERS.issuperset(text):
     return [], "not an expression"
-  output, stack, depth, want_operand = [], [], 0, True
+  output, stack, depth, expect_operand = [], [], 0, True
   for token in _tokens(text):
-    opens = token == "(" or token not in "+-*/)"
-    if opens != want_operand:
+    starts_operand = token == "(" or token not in "+-*/)"
+    if starts_operand != expect_operand:
       return [], "not an expression"
     if token == "(":
       depth += 1
@@ -135,19 +135,19 @@ def _parse(text):
       while stack and stack[-1] != "(" and _PRECEDENCE[stack[-1]] >= _PRECEDENCE[token]:
         output.append(stack.pop())
       stack.append(token)
-      want_operand = True
+      expect_operand = True
     elif token[0] == "0" and len(token) > 1:
       return [], "not an expression"
     else:
       output.append(token)
-      want_operand = False
-  if want_operand or depth:
+      expect_operand = False
+  if expect_operand or depth:
     return [], "not an expression"
   return output + stack[::-1], ""
 
 
 def _evaluate(postfix):
-  """The exact value, or None if something is divided by zero."""
+  """The exact value; None for a division by zero."""
   values = []
   for token in postfix:
     if token not in OPERATORS:
@@ -162,7 +162,7 @@ def _evaluate(postfix):
 
 
 def apply(operator: str, left: Fraction, right: Fraction) -> Fraction | None:
-  """left operator right, exactly; None for a division by zero."""
+  """The exact value of `left operator right`; None for a division by zero."""
   if operator == "+":
     return left + right
   if operator == "-":
@@ -173,16 +173,16 @@ def apply(operator: str, left: Fraction, right: Fraction) -> Fraction | None:
 
 
 class Term(NamedTuple):
-  """An expression as text, and how tightly it binds: 1 a sum or difference, 2 a product or quotient, 3 a number."""
+  """An expression as text and its precedence: 1 for a sum or difference, 2 for a product or quotient, 3 a number."""
 
   text: str
   precedence: int
 
 
 def join(operator: str, left: Term, right: Term) -> Term:
-  """The text of `left operator right`, with parentheses only where the value would change without them."""
+  """The text of `left operator right`, with parentheses only where omitting them would change the value."""
   precedence = _PRECEDENCE[operator]
   first = f"({left.text})" if left.precedence < precedence else left.text
-  tight = right.precedence < precedence or (right.precedence == precedence and operator in "-/")
-  second = f"({right.text})" if tight else right.text
+  enclose = right.precedence < precedence or (right.precedence == precedence and operator in "-/")
+  second = f"({right.text})" if enclose else right.text
   return Term(f"{first}{operator}{second}", precedence)

@@ -1,12 +1,13 @@
-"""Knights and Knaves: who tells the truth, who lies? Problems, their answers and how they are made.
+"""Knights and Knaves: find out who tells the truth and who lies.
 
-`rspo_jax.tasks.knights.dataset` keeps generated problems as a TFDS data set; it is imported on its own because TFDS is
-slow to import.
+Belongs here: problems, the checker and the parser of answers, the generator, and in `dataset`, which is not imported
+here because TFDS is slow to import, the data set on disk. Does not belong here: the reward (`rspo_jax.rewards.puzzles`)
+and the loader of examples (`rspo_jax.data.datasets`).
 """
 
 from rspo_jax.tasks.knights.generate import (
   KnightsSpec,
-  Worked,
+  SolvedProblem,
   demonstration,
   key,
   make_problems,
@@ -28,8 +29,8 @@ __all__ = [
   "STYLES",
   "KnightsSpec",
   "Problem",
+  "SolvedProblem",
   "Verdict",
-  "Worked",
   "answer_text",
   "check",
   "check_style",

@@ -1,7 +1,7 @@
-r"""Reads who is what out of English prose that answers a Knights and Knaves problem.
+r"""Parses the roles of the islanders in an English answer to a Knights and Knaves problem.
 
-A claim gives islanders a role: 'Bob is a knave', 'Bob must be a knave', 'Bob isn't a knight', 'Bob: knave', 'Alice and
-Bob are knights'. Upper and lower case, and marks such as ** or \text{}, make no difference.
+A claim assigns a role to islanders: 'Bob is a knave', 'Bob must be a knave', 'Bob isn't a knight', 'Bob: knave', 'Alice
+and Bob are knights'. Case and markup such as ** or \text{} are ignored.
 """
 
 import functools
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from rspo_jax.tasks.answers import balanced_boxes
 
-READ = 8192  # characters at the end of an answer; what stands before them is not read
+MAX_LENGTH = 8192  # characters; of a longer answer only the end is parsed
 
-_MARKS = re.compile(r"\\[a-zA-Z]+|\\.|[*_`$~{}]", re.DOTALL)
+_MARKUP = re.compile(r"\\[a-zA-Z]+|\\.|[*_`$~{}]", re.DOTALL)
 _SEPARATORS = re.compile(r"(?:[\s,;.&]|\band\b)*", re.IGNORECASE)
-# A sentence with one of these beside its claims does not say that they are so.
+# A sentence that contains one of these outside its claims does not assert them.
 _REASONING = re.compile(
   r"""["“”?]|\b(?:if|or|either|neither|nor|not|never|cannot|can't|whether|unless|suppose|assume|assuming|imagine|consider
   |case|would|could|might|may|maybe|perhaps|possibly|say|says|said|saying|claims?|claimed|states?|statement|implies
@@ -23,22 +23,22 @@ _REASONING = re.compile(
 )
 
 
-def read(text: str, names: Sequence[str]) -> tuple[tuple[bool, ...] | None, str]:
-  r"""(the roles, '') or (None, why there are none).
+def roles_from_english(text: str, names: Sequence[str]) -> tuple[tuple[bool, ...] | None, str]:
+  r"""Parses the roles that a text claims.
 
-  What counts is the last \boxed{} whose braces balance, the outer one where boxes are nested. It must hold claims and
-  nothing else: anybody else's name, or 'a knight or a knave', spoils it. A text without a box is read sentence by
-  sentence from its end, and the last claim about each islander counts; sentences that suppose, quote, negate or ask are
-  left out.
+  The last \boxed{} with balanced braces is used, the outer one of nested boxes. It must contain claims only: another
+  name, or 'a knight or a knave', invalidates it. In a text without a box, the last claim about each islander is used;
+  sentences that suppose, quote, negate or ask are ignored.
 
   Args:
-    text: of any length; READ characters of it are read, in time linear in their number.
+    text: of any length; its last MAX_LENGTH characters are parsed, in linear time.
     names: of the islanders, in order.
   Returns:
-    The roles in the order of the names, True for a knight. Else why: 'no answer'; 'not an answer', a box with
-    something else in it; 'names missing'; 'contradictory', one islander called both in the box or in one sentence.
+    (roles, ''): the roles in the order of the names, True for a knight; or (None, reason): 'no answer'; 'not an
+    answer', a box with other content; 'names missing'; 'contradictory', both roles for an islander in the box or in one
+    sentence.
   """
-  text = text[-READ:]
+  text = text[-MAX_LENGTH:]
   box = _last_box(text)
   if box is not None:
     claims, rest = _claims(box, names)
@@ -49,8 +49,8 @@ def read(text: str, names: Sequence[str]) -> tuple[tuple[bool, ...] | None, str]
     sentences = _sentences_from_the_end(text, names)
   roles: dict[str, bool] = {}
   for claims in sentences:
-    said = set(claims)
-    if any((name, True) in said and (name, False) in said and name not in roles for name, _ in said):
+    claimed = set(claims)
+    if any((name, True) in claimed and (name, False) in claimed and name not in roles for name, _ in claimed):
       return None, "contradictory"
     roles = dict(claims) | roles
   if len(roles) < len(names):
@@ -59,7 +59,7 @@ def read(text: str, names: Sequence[str]) -> tuple[tuple[bool, ...] | None, str]
 
 
 def _last_box(text):
-  r"""The content of the \boxed{} that closes last, or None."""
+  r"""The content of the \boxed{} whose closing brace is the last one, or None."""
   spans = [(opening.end(), end) for opening, end in balanced_boxes(text) if opening[0].startswith(r"\boxed")]
   return text[slice(*spans[-1])] if spans else None
 
@@ -72,21 +72,21 @@ def _sentences_from_the_end(text, names):
 
 
 def _claims(text, names):
-  """([(name, is a knight)], the pieces of text between the claims)."""
-  pattern = _claim(tuple(names))
-  text = _MARKS.sub(" ", text)
+  """([(name, whether a knight)], pieces of text between the claims)."""
+  pattern = _claim_pattern(tuple(names))
+  text = _MARKUP.sub(" ", text)
   claims, rest, end = [], [], 0
   for match in pattern.finditer(text):
     rest.append(text[end : match.start()])
     end = match.end()
-    who = match["group"] or match["name"]
+    subject = match["group"] or match["name"]
     knight = (match["role"].lower() == "knight") != bool(match["negation"])
-    claims += [(name, knight) for name in names if re.search(rf"\b{name}\b", who, re.IGNORECASE)]
+    claims += [(name, knight) for name in names if re.search(rf"\b{name}\b", subject, re.IGNORECASE)]
   return claims, [*rest, text[end:]]
 
 
 @functools.cache
-def _claim(names):
+def _claim_pattern(names):
   name = "|".join(names)
   return re.compile(
     rf"""\b(?:

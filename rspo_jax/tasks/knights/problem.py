@@ -1,10 +1,11 @@
-r"""Knights and Knaves. Knights only tell the truth, knaves only lie: find out who is what.
+r"""Knights and Knaves: knights always tell the truth, knaves always lie; find the role of each islander.
 
-Each islander makes one statement about them all, and exactly one assignment of roles fits what they say. As a compact
-prompt a problem reads `"A:!B;B:A&C;C:#2?"` (B is a knave; A and C are knights; exactly two of us are knights), and
-`"A1B0C0"` answers it: 1 is a knight. In English the same islanders have names, and the answer is asked for
-in `\boxed{}`. The domain follows Xie et al., "On Memorization of Large Language Models in Logical Reasoning", arXiv
-2410.23123. `rspo_jax.tasks.knights.generate` makes problems, `rspo_jax.tasks.knights.answers` judges English answers.
+Each islander makes one statement about the roles of all, and exactly one assignment of roles is consistent with the
+statements. The compact prompt of a problem is `"A:!B;B:A&C;C:#2?"` (B is a knave; A and C are knights; exactly two of
+us are knights), and `"A1B0C0"` solves it, where 1 means knight. The English prompt gives the islanders names and asks
+for the answer in `\boxed{}`. The domain follows Xie et al., "On Memorization of Large Language Models in Logical
+Reasoning", arXiv 2410.23123. `rspo_jax.tasks.knights.generate` generates problems; `rspo_jax.tasks.knights.answers`
+parses English answers.
 """
 
 import dataclasses
@@ -13,31 +14,31 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rspo_jax.tasks.knights.answers import read
+from rspo_jax.tasks.knights.answers import roles_from_english
 
 STYLES = ("compact", "english")
 LETTERS = "ABCDEFGH"
 NAMES = ("Alice", "Bob", "Carol", "David", "Eve", "Frank", "Grace", "Henry")
-OPERATORS = "!&|>=#"  # not, and, or, implies, if and only if, exactly so many of us are knights
-JOINING = "&|>="
-ALPHABET = "ABCDEFGH012345678!&|>=#():;?"  # every character of a compact prompt or of its answer
-MAX_DEPTH = 8  # operators within each other in a statement
+OPERATORS = "!&|>=#"  # not, and, or, implies, if and only if, exactly k of us are knights
+JOINING = "&|>="  # the binary operators
+ALPHABET = "ABCDEFGH012345678!&|>=#():;?"  # all characters of compact prompts and answers
+MAX_DEPTH = 8  # nested operators in a statement
 
 # A statement: ("is", i), islander i is a knight; ("#", k), exactly k islanders are; ("!", statement); or
 # (operator, statement, statement) with one of JOINING.
 Statement = tuple
-Roles = tuple[bool, ...]  # of the islanders in order; True is a knight
+Roles = tuple[bool, ...]  # of the islanders in order; True for a knight
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """What each islander says, and the one way in which all of it fits.
+  """The statements of the islanders, and the only assignment of roles that is consistent with them.
 
   Attributes:
-    statements: of 2 to 8 islanders in order.
-    solution: who is a knight; found by trying every assignment.
+    statements: one per islander, 2 to 8, in order.
+    solution: the roles, found by exhaustive search.
   Raises:
-    ValueError: another number of islanders, a malformed statement, or no solution or several.
+    ValueError: another number of islanders, a malformed statement, or no or several consistent assignments.
   """
 
   statements: tuple[Statement, ...]
@@ -48,31 +49,33 @@ class Problem:
       raise ValueError(f"statements is {self.statements!r}; want a tuple of 2 to {len(LETTERS)} statements.")
     for statement in self.statements:
       _check_statement(statement, len(self.statements), 0)
-    found = solutions(self.statements)
-    if len(found) != 1:
-      raise ValueError(f"{len(found)} assignments fit {compact_text(self.statements)!r}; want exactly one.")
-    object.__setattr__(self, "solution", found[0])
+    consistent = solutions(self.statements)
+    if len(consistent) != 1:
+      raise ValueError(
+        f"{len(consistent)} assignments of roles satisfy {compact_text(self.statements)!r}; want exactly one."
+      )
+    object.__setattr__(self, "solution", consistent[0])
 
 
 class Verdict(NamedTuple):
-  """What an answer is worth.
+  """The result of checking an answer.
 
   Attributes:
-    valid: it has the form that was asked for, and gives every islander one role.
-    right: these are the roles of the solution.
-    why: of a valid answer 'right' or 'wrong'; of a compact one that is not, 'not an answer'; for English see
-      `knights_answers.read`.
-    answer: the roles in the compact form, whatever the style, as 'A1B0'; '' if not valid.
+    valid: it has the requested form and gives exactly one role to each islander.
+    correct: the roles are those of the solution.
+    reason: for a valid answer 'right' or 'wrong'; for an invalid compact answer 'not an answer'; for an invalid English
+      answer see `answers.roles_from_english`.
+    answer: the roles in compact form for either style, for example 'A1B0'; '' if not valid.
   """
 
   valid: bool
-  right: bool
+  correct: bool
   reason: str
   answer: str = ""
 
 
 def canonical_operators(operators: str) -> str:
-  """The operators in the order of OPERATORS. ValueError for a repeated or an unknown one."""
+  """The operators in the order of OPERATORS. Raises ValueError for a repeated or an unknown one."""
   chosen = "".join(operator for operator in OPERATORS if operator in operators)
   if len(chosen) != len(operators):
     raise ValueError(f"operators is {operators!r}; want some of {OPERATORS!r}, each at most once.")
@@ -80,97 +83,99 @@ def canonical_operators(operators: str) -> str:
 
 
 def check_style(style: str) -> None:
+  """Raises ValueError for a style that is not in STYLES."""
   if style not in STYLES:
     raise ValueError(f"style is {style!r}; want one of {', '.join(STYLES)}.")
 
 
 @functools.cache
-def _is_knight(person: int, people: int) -> int:
+def _is_table(person: int, people: int) -> int:
   """The truth table of ("is", person)."""
-  return sum(1 << case for case in range(2**people) if case >> (people - 1 - person) & 1)
+  return sum(1 << index for index in range(2**people) if index >> (people - 1 - person) & 1)
 
 
 @functools.cache
-def _exactly(knights: int, people: int) -> int:
-  return sum(1 << case for case in range(2**people) if case.bit_count() == knights)
+def _count_table(knights: int, people: int) -> int:
+  """The truth table of ("#", knights)."""
+  return sum(1 << index for index in range(2**people) if index.bit_count() == knights)
 
 
 def truth_table(statement: Statement, people: int) -> int:
-  """In which of the 2^people assignments a statement is true, as bits.
+  """The truth values of a statement in all 2^people assignments of roles, as bits.
 
-  Assignment a is the number whose binary digits are the roles in order, 1 for a knight: bit a of the table tells of it.
+  The index of an assignment is the number whose binary digits are the roles in order, 1 for a knight. Bit i of the
+  table is the truth value in assignment i.
   """
   operator, *parts = statement
   if operator == "is":
-    return _is_knight(parts[0], people)
+    return _is_table(parts[0], people)
   if operator == "#":
-    return _exactly(parts[0], people)
-  everywhere = (1 << 2**people) - 1
-  first, *others = (truth_table(part, people) for part in parts)
+    return _count_table(parts[0], people)
+  always = (1 << 2**people) - 1
   if operator == "!":
-    return first ^ everywhere
-  (second,) = others
+    return truth_table(parts[0], people) ^ always
+  first, second = (truth_table(part, people) for part in parts)
   if operator == "&":
     return first & second
   if operator == "|":
     return first | second
-  return (first ^ everywhere) | second if operator == ">" else first ^ second ^ everywhere
+  return (first ^ always) | second if operator == ">" else first ^ second ^ always
 
 
 def solutions(statements: Sequence[Statement]) -> list[Roles]:
-  """Every assignment in which the knights' statements are true and the knaves' false, knaves first."""
+  """All assignments in which knights' statements are true and knaves' statements are false, in index order."""
   people = len(statements)
-  fits = (1 << 2**people) - 1
+  consistent = (1 << 2**people) - 1
   for person, statement in enumerate(statements):
-    fits &= ~(truth_table(statement, people) ^ _is_knight(person, people))
-  return [roles_of(case, people) for case in range(2**people) if fits >> case & 1]
+    consistent &= ~(truth_table(statement, people) ^ _is_table(person, people))
+  return [roles_from_index(index, people) for index in range(2**people) if consistent >> index & 1]
 
 
-def roles_of(case: int, people: int) -> Roles:
-  """The roles of an assignment by its number, see `truth_table`."""
-  return tuple(bool(case >> (people - 1 - person) & 1) for person in range(people))
+def roles_from_index(index: int, people: int) -> Roles:
+  """The roles of an assignment by its index; see `truth_table`."""
+  return tuple(bool(index >> (people - 1 - person) & 1) for person in range(people))
 
 
 def depth(statement: Statement) -> int:
-  """Operators within each other; 'B is a knave' and counts are 0 deep."""
+  """The number of nested operators; 0 for 'B is a knave' and for counts."""
   operator, *parts = statement
   if operator in ("is", "#") or (operator == "!" and parts[0][0] == "is"):
     return 0
   return 1 + max(map(depth, parts))
 
 
-def _check_statement(statement, people, within):
-  """ValueError unless it is a statement of so many islanders, within so many operators."""
+def _check_statement(statement, people, level):
+  """Raises ValueError unless this is a statement about `people` islanders; level: operators that enclose it."""
   match statement if isinstance(statement, tuple) else None:
     case ("is", int(person)) if not isinstance(person, bool) and 0 <= person < people:
       return
     case ("#", int(knights)) if not isinstance(knights, bool) and 0 <= knights <= people:
       return
-    case ("!", part) if within <= MAX_DEPTH:
-      return _check_statement(part, people, within + 1)
-    case (operator, left, right) if operator in tuple(JOINING) and within < MAX_DEPTH:
-      _check_statement(left, people, within + 1)
-      return _check_statement(right, people, within + 1)
+    case ("!", part) if level <= MAX_DEPTH:
+      return _check_statement(part, people, level + 1)
+    case (operator, left, right) if operator in tuple(JOINING) and level < MAX_DEPTH:
+      _check_statement(left, people, level + 1)
+      return _check_statement(right, people, level + 1)
   raise ValueError(
-    f"{statement!r} is no statement of {people} islanders: want ('is', islander), ('#', knights), ('!', statement) or "
-    f"(one of {JOINING!r}, statement, statement), at most {MAX_DEPTH} operators within each other."
+    f"{statement!r} is no statement about {people} islanders; want ('is', islander), ('#', knights), ('!', statement) "
+    f"or (one of {JOINING!r}, statement, statement), with at most {MAX_DEPTH} nested operators."
   )
 
 
 def prompt_text(problem: Problem, style: str = "compact") -> str:
-  """The prompt. ValueError for an unknown style."""
+  """The prompt. Raises ValueError for an unknown style."""
   check_style(style)
   if style == "compact":
-    said = zip(LETTERS, map(_compact, problem.statements), strict=False)
-    return ";".join(f"{letter}:{text}" for letter, text in said) + "?"
+    statements = zip(LETTERS, map(_compact, problem.statements), strict=False)
+    return ";".join(f"{letter}:{text}" for letter, text in statements) + "?"
   names = NAMES[: len(problem.statements)]
-  said = "\n".join(
+  statements = "\n".join(
     f'{name} says: "{text[0].upper()}{text[1:]}."'
     for name, text in zip(names, map(_english, problem.statements), strict=True)
   )
   return (
     "On an island everybody is either a knight, who only tells the truth, or a knave, who only lies. You meet "
-    f"{', '.join(names[:-1])} and {names[-1]}.\n{said}\n"
+    f"{', '.join(names[:-1])} and {names[-1]}.\n{statements}\n"
     'Here "or" means one or both, and "if ..., then ..." is false only where the first part is true and the second is '
     "not. Who is a knight and who is a knave? Think it through, and end with your answer in the form "
     r"\boxed{NAME is a knight, NAME is a knave, ...}, which names each of them once."
@@ -178,19 +183,19 @@ def prompt_text(problem: Problem, style: str = "compact") -> str:
 
 
 def answer_text(roles: Roles, style: str = "compact") -> str:
-  r"""The answer that gives these roles: 'A1B0', or '\boxed{Alice is a knight, Bob is a knave}'."""
+  r"""The answer with these roles: 'A1B0', or '\boxed{Alice is a knight, Bob is a knave}'."""
   check_style(style)
   if style == "compact":
     return "".join(f"{letter}{role:d}" for letter, role in zip(LETTERS, roles, strict=False))
-  said = (f"{name} is a {'knight' if role else 'knave'}" for name, role in zip(NAMES, roles, strict=False))
-  return rf"\boxed{{{', '.join(said)}}}"
+  claims = (f"{name} is a {'knight' if role else 'knave'}" for name, role in zip(NAMES, roles, strict=False))
+  return rf"\boxed{{{', '.join(claims)}}}"
 
 
 def check(text: str, problem: Problem, style: str = "compact") -> Verdict:
-  """Judges an answer. Returns for every text, however strange.
+  """Checks an answer. Does not raise for any text.
 
-  A compact answer is exactly a letter and 0 or 1 per islander, in order. What counts of English prose says
-  `knights_answers.read`.
+  A compact answer must consist of a letter and 0 or 1 for each islander, in order, and nothing else. English answers
+  are parsed by `answers.roles_from_english`.
   """
   check_style(style)
   people = len(problem.statements)
@@ -198,22 +203,22 @@ def check(text: str, problem: Problem, style: str = "compact") -> Verdict:
     roles = compact_roles(text, people)
     reason = "not an answer"
   else:
-    roles, reason = read(text, NAMES[:people])
+    roles, reason = roles_from_english(text, NAMES[:people])
   if roles is None:
     return Verdict(False, False, reason)
-  right = roles == problem.solution
-  return Verdict(True, right, "right" if right else "wrong", answer_text(roles))
+  correct = roles == problem.solution
+  return Verdict(True, correct, "right" if correct else "wrong", answer_text(roles))
 
 
 def compact_roles(text: str, people: int) -> Roles | None:
-  """The roles that a compact answer gives, or None if it is none."""
+  """The roles of a compact answer, or None if the text is not one."""
   if len(text) != 2 * people or text[::2] != LETTERS[:people] or not set(text[1::2]) <= {"0", "1"}:
     return None
   return tuple(digit == "1" for digit in text[1::2])
 
 
 def compact_text(statements: Sequence[Statement]) -> str:
-  """The statements alone, as '!B;A&C;#2'. `parse` reads it."""
+  """The statements without speakers, for example '!B;A&C;#2'; the inverse of `parse`."""
   return ";".join(map(_compact, statements))
 
 
@@ -248,53 +253,53 @@ def _english(statement):
 
 
 def parse(text: str) -> tuple[Statement, ...]:
-  """The statements of a `compact_text`. ValueError for any other text; says where it goes wrong.
+  """The statements of a `compact_text`. Raises ValueError for any other text; the message gives the position.
 
-  The grammar: a statement is a part, or two parts with one of '&|>=' between them; a part is a letter, '#' and a digit,
+  Grammar: a statement is a part, or two parts with one of '&|>=' between them; a part is a letter, '#' and a digit,
   '!' and a part, or a statement in parentheses.
   """
   tokens = re.findall(r"#\d|.", text, re.DOTALL)
-  at = 0
+  position = 0
 
   def token() -> str:
-    return tokens[at] if at < len(tokens) else "the end"
+    return tokens[position] if position < len(tokens) else "the end"
 
-  def fail(wanted: str):
-    raise ValueError(f"{text[:200]!r} has {token()!r} as token {at}; want {wanted}.")
+  def fail(expected: str):
+    raise ValueError(f"{text[:200]!r} has {token()!r} as token {position}; want {expected}.")
 
-  def statement(within: int) -> Statement:
-    nonlocal at
-    left = part(within)
+  def statement(level: int) -> Statement:
+    nonlocal position
+    left = part(level)
     if token() not in JOINING:
       return left
     operator = token()
-    at += 1
-    return (operator, left, part(within))
+    position += 1
+    return (operator, left, part(level))
 
-  def part(within: int) -> Statement:
-    nonlocal at
-    if within > 2 * MAX_DEPTH:
-      fail(f"at most {MAX_DEPTH} operators within each other")
-    found = token()
-    if found not in (*LETTERS, "!", "(") and not (found[0] == "#" and len(found) == 2):
+  def part(level: int) -> Statement:
+    nonlocal position
+    if level > 2 * MAX_DEPTH:
+      fail(f"at most {MAX_DEPTH} nested operators")
+    first = token()
+    if first not in (*LETTERS, "!", "(") and not (first[0] == "#" and len(first) == 2):
       fail("a letter, '#' and a digit, '!' or '('")
-    at += 1
-    if found in LETTERS:
-      return ("is", LETTERS.index(found))
-    if found[0] == "#":
-      return ("#", int(found[1]))
-    if found == "!":
-      return ("!", part(within + 1))
-    inner = statement(within + 1)
+    position += 1
+    if first in LETTERS:
+      return ("is", LETTERS.index(first))
+    if first[0] == "#":
+      return ("#", int(first[1]))
+    if first == "!":
+      return ("!", part(level + 1))
+    inner = statement(level + 1)
     if token() != ")":
       fail("')'")
-    at += 1
+    position += 1
     return inner
 
   statements = [statement(0)]
   while token() == ";":
-    at += 1
+    position += 1
     statements.append(statement(0))
-  if at < len(tokens):
+  if position < len(tokens):
     fail("';' or the end")
   return tuple(statements)
