@@ -16,9 +16,12 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import report
 from experiments.config import ExperimentConfig
+from experiments.reporting.answers import write_answers
+from experiments.reporting.page import write_report
 from experiments.reporting.progress import Progress
+from experiments.reporting.summary import summarize
+from experiments.reporting.summary_text import print_summary
 from experiments.setup import benchmarks, runtime
 from experiments.setup.benchmarks import make_benchmarks
 from experiments.setup.build import Components, build
@@ -144,7 +147,7 @@ class Run:
     metrics, completions = self.evaluate()
     self.writer.write("rl", step, metrics)
     answered = zip((benchmark.examples for benchmark in self.benchmarks), completions, strict=True)
-    report.write_answers(self.workdir / f"answers_{which}.jsonl", answered)
+    write_answers(self.workdir / f"answers_{which}.jsonl", answered)
     self.save("rl", step, metrics)
 
   def close(self) -> None:
@@ -190,10 +193,10 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
     run.checkpoints.wait()
   finally:
     run.close()
-  summary = report.summarize(workdir, config, run.seconds, sum(benchmark.available for benchmark in run.benchmarks))
+  summary = summarize(workdir, config, run.seconds, sum(benchmark.available for benchmark in run.benchmarks))
   if jax.process_index() == 0:
     dump_json_atomic(workdir / "summary.json", summary)
-  report.write_report(workdir, summary)
+  write_report(workdir, summary)
   return summary
 
 
@@ -204,7 +207,7 @@ def main() -> None:
     runtime.start(config.runtime)
     with Progress() as progress:
       summary = train(config, workdir, progress)
-      report.print_summary(progress, summary, workdir)
+      print_summary(progress, summary, workdir)
   except Stopped:
     print(f"stopped as asked; the same command continues {workdir}")
 
