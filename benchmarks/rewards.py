@@ -1,6 +1,6 @@
 """Math rewards per second, `python -m benchmarks.rewards`: groups of samples with short answers, all of them different.
 
-Judging a pair of gold answer and answer twice in a batch costs nothing, so no pair comes twice here.
+A repeated pair of gold answer and answer in a batch costs nothing, so no pair occurs twice here.
 """
 
 import os
@@ -15,14 +15,14 @@ PROMPTS = 500
 SAMPLES = 8
 
 
-def _whole(draw: random.Random) -> tuple[str, list[str]]:
-  gold = draw.randrange(100_000)
+def _whole(rng: random.Random) -> tuple[str, list[str]]:
+  gold = rng.randrange(100_000)
   return str(gold), [f"So she pays {gold + number} dollars." for number in range(SAMPLES)]
 
 
-def _short(draw: random.Random) -> tuple[str, list[str]]:
-  a, b = draw.randrange(1, 1000), draw.randrange(2, 1000)
-  gold, answer = draw.choice(
+def _short(rng: random.Random) -> tuple[str, list[str]]:
+  a, b = rng.randrange(1, 1000), rng.randrange(2, 1000)
+  gold, answer = rng.choice(
     (
       (rf"\frac{{{a}}}{{{b}}}", r"Thus $x = \boxed{{\dfrac{{{}}}{{{}}}}}$."),
       (f"{a}.{b}", r"It takes \boxed{{{}.{}\text{{ hours}}}}."),
@@ -33,9 +33,9 @@ def _short(draw: random.Random) -> tuple[str, list[str]]:
   return gold, [answer.format(a + number, b) for number in range(SAMPLES)]
 
 
-def _simple(draw: random.Random) -> tuple[str, list[str]]:
-  a, b = draw.randrange(1, 1000), draw.randrange(2, 1000)
-  gold, answer = draw.choice(
+def _simple(rng: random.Random) -> tuple[str, list[str]]:
+  a, b = rng.randrange(1, 1000), rng.randrange(2, 1000)
+  gold, answer = rng.choice(
     (
       (rf"{a}\sqrt{{{b}}}", r"\boxed{{{} \sqrt{{{}}}}}"),
       (rf"\frac{{{a}\pi}}{{{b}}}", r"\boxed{{\frac{{{} \pi}}{{{}}}}}"),
@@ -46,9 +46,9 @@ def _simple(draw: random.Random) -> tuple[str, list[str]]:
   return gold, [answer.format(a + number, b) for number in range(SAMPLES)]
 
 
-def _formula(draw: random.Random) -> tuple[str, list[str]]:
-  a, b = draw.randrange(1, 1000), draw.randrange(1000, 2000)
-  gold, answer = draw.choice(
+def _formula(rng: random.Random) -> tuple[str, list[str]]:
+  a, b = rng.randrange(1, 1000), rng.randrange(1000, 2000)
+  gold, answer = rng.choice(
     (
       (f"{a}, {b}", r"\boxed{{{}, {}}}"),
       (f"({a}, {b})", r"\boxed{{\left({},{}\right)}}"),
@@ -60,15 +60,15 @@ def _formula(draw: random.Random) -> tuple[str, list[str]]:
 
 
 def _cpu() -> float:
-  """Seconds of this process and of workers that have ended."""
-  spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-  return sum(usage.ru_utime + usage.ru_stime for usage in spent)
+  """CPU seconds of this process and of workers that have ended."""
+  usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+  return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def rate(kind: Callable[[random.Random], tuple[str, list[str]]], workers: int) -> str:
-  """Completions per second by the clock, and CPU time for each; workers have started, and seen a tenth of the batch."""
-  draw = random.Random(0)
-  groups = dict(kind(draw) for _ in range(PROMPTS))
+  """Completions per wall-clock second and CPU time of each, after the workers have scored a tenth of the batch."""
+  rng = random.Random(0)
+  groups = dict(kind(rng) for _ in range(PROMPTS))
   golds, texts = zip(*((gold, text) for gold, group in groups.items() for text in group), strict=True)
   warm = len(texts) // 10
   before = _cpu()
@@ -87,13 +87,13 @@ def rate(kind: Callable[[random.Random], tuple[str, list[str]]], workers: int) -
 
 def main() -> None:
   print(f"load {os.getloadavg()[0]:.1f} at the start\n\n| answers | 1 worker | 2 workers |\n|---|---|---|")
-  for kind, what in (
+  for kind, description in (
     (_whole, "whole numbers in a sentence"),
     (_short, "fractions, decimals, percents, thousands"),
     (_simple, "roots, multiples of pi, degrees, x = a"),
     (_formula, "lists, tuples, intervals, polynomials"),
   ):
-    print(f"| {what} | {rate(kind, 1)} | {rate(kind, 2)} |", flush=True)
+    print(f"| {description} | {rate(kind, 1)} | {rate(kind, 2)} |", flush=True)
 
 
 if __name__ == "__main__":

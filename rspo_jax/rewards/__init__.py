@@ -1,10 +1,12 @@
-"""What a completion is worth: the reward protocol, the table of rewards, and how they are composed.
+"""Scores of completions: the reward protocol, the rewards and their table, and composed rewards.
 
-`math` and `code` run untrusted text in processes that can be killed; `worker_pool` is what they share. A reward sees
-text and an example; token masks and advantages are the train step's.
+`math` and `code` evaluate untrusted text in processes with a time limit; `worker_pool` runs those of `math` and of
+user-defined rewards. A reward sees a text and an example. Token masks, penalties on tokens and advantages do not belong
+here, but to `rspo_jax.objectives`.
 """
 
 from rspo_jax.rewards.base import (
+  BatchReward,
   Reward,
   RewardResult,
   Scores,
@@ -25,6 +27,7 @@ __all__ = [
   "ANY_SOURCE",
   "ON_ERROR",
   "REWARDS",
+  "BatchReward",
   "BySourceReward",
   "CustomReward",
   "FormatReward",
