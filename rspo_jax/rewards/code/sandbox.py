@@ -38,6 +38,7 @@ _CURE = (
   "Install bubblewrap (Debian: apt-get install bubblewrap) or allow user namespaces, and pip install pyseccomp; or "
   "pass allow_weak=True to run programs with resource limits only."
 )
+# Stdin begins with the length of a marshalled tuple (12 digits) and the tuple; the rest is the program's own stdin.
 _BOOT = (
   "import marshal, os, sys\n"
   "def read(size):\n"
@@ -48,6 +49,7 @@ _BOOT = (
   "exec(child)\n"
   "start(program, names, **settings)\n"
 )
+# Prints whether it runs in a process namespace, cannot see a file of the host, and cannot start a process.
 _PROBE = """import os
 try:
   may_fork = bool(os.fork() or os._exit(0))
@@ -55,6 +57,7 @@ except OSError:
   may_fork = False
 print(os.getpid() < 9, not os.path.exists({!r}), not may_fork)
 """
+# System calls that the seccomp filter refuses.
 _DENIED = (
   "fork vfork execve execveat ptrace process_vm_readv process_vm_writev kcmp pidfd_open pidfd_getfd "
   "pidfd_send_signal kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo setpriority "
