@@ -1,7 +1,8 @@
-"""What is maximised: objectives on plain arrays, how their terms are averaged, advantages, KL, and mismatch weights.
+"""Objectives on plain arrays, their aggregation, advantages, penalties and mismatch weights.
 
 Every objective is a pure function of one signature (log-ratio, advantage, mask, log_shift, placement and its own
-options) that returns `Terms`. Nothing here runs a model; what a router did comes in as `log_shift`.
+options) that returns `Terms`. Functions that run a model belong in `rspo_jax.training`, those that read router outputs
+in `rspo_jax.router`; router shift is an input here, `log_shift`.
 """
 
 from rspo_jax.objectives.advantages import (

@@ -1,7 +1,7 @@
-"""Rewards to advantages: baselines within a prompt's group, scales, and returns of tokens.
+"""Advantages from rewards: baselines within a prompt's group, scales, and returns of tokens.
 
-Everything here is taken over the whole rollout, before it is cut into minibatches: an advantage must not depend on the
-cut. Rows that are filtered out (`keep`) neither get an advantage nor move the baseline of the others.
+Advantages are computed over the whole rollout, before it is split into minibatches, so that they do not depend on the
+split. Rows that are filtered out (`keep`) get no advantage and do not enter the baseline of other rows.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ def _checked(reward: Array, group: int | Array, keep: Array | None) -> tuple[Arr
     if rows % group:
       raise ValueError(
         f"{rows} rewards do not divide into groups of {group}; want prompt-major rows, all samples of a prompt side by "
-        "side, every group complete. Groups of unequal size are given as group=[B] numbers, one for every row."
+        "side, every group complete. For groups of unequal size pass group=[B], the group of every row."
       )
     group = jnp.arange(rows, dtype=jnp.int32) // group
   keep = jnp.ones(rows, bool) if keep is None else jnp.asarray(keep)
@@ -68,12 +68,12 @@ def _checked(reward: Array, group: int | Array, keep: Array | None) -> tuple[Arr
 
 
 def _per_group(x: Array, group: Array) -> Array:
-  """Sums over groups, handed back to every row: [B] -> [B]."""
+  """[B] -> [B], for every row the sum over its group."""
   return jax.ops.segment_sum(x, group, num_segments=group.size)[group]
 
 
 def _uniform(reward: Array, group: Array, keep: Array) -> Array:
-  """[B] bool, all kept rewards of the row's group are equal. By comparison: rounding must not make a signal of them."""
+  """[B] bool, all kept rewards of the row's group are equal. Exact, unlike a comparison with their rounded mean."""
   most = jax.ops.segment_max(jnp.where(keep, reward, -jnp.inf), group, num_segments=group.size)
   least = jax.ops.segment_min(jnp.where(keep, reward, jnp.inf), group, num_segments=group.size)
   return (most <= least)[group]
@@ -95,11 +95,11 @@ def group_advantages(
     reward: [B].
     group: G >= 2, for prompt-major rows with G samples of every prompt side by side; or [B] integers in [0, B), the
       group of every row, for groups of any size in any order.
-    keep: [B] bool, rows that count; the others get 0. None keeps all.
+    keep: [B] bool, rows that are used; the others get 0. None keeps all.
     baseline: "group_mean" (GRPO); "leave_one_out", the mean of the group's other samples (RLOO), 0 for a lone sample;
-      "none" (the reward itself).
+      "none".
     scale: "group_std" divides by the group's standard deviation + epsilon (GRPO); "none" keeps the reward's unit
-      (Dr.GRPO). "batch_std" does nothing here: `whiten` the tokens' advantages afterwards.
+      (Dr.GRPO). "batch_std" has no effect here: it whitens the advantages of tokens, see `compute_advantages`.
     ddof: the deviation divides by n - ddof. The GRPO paper only says "std"; 1 is torch.std's default, which TRL and
       verl use; 0 is numpy's. A group with no more than ddof samples is not scaled.
     epsilon: added to the deviation, in the reward's unit (verl 1e-6, TRL 1e-4).
@@ -107,7 +107,7 @@ def group_advantages(
     [B] float32, no gradient. With "group_mean" its mean is 0 in every group; with a baseline it is exactly 0 in a
     group of equal rewards.
   Raises:
-    ValueError: shapes that do not fit, a group of 1, an unknown baseline or scale, or a negative ddof.
+    ValueError: inconsistent shapes, a group of 1, an unknown baseline or scale, or a negative ddof.
   Source: DeepSeekMath, arXiv 2402.03300, section 4.1.2; Dr.GRPO, arXiv 2503.20783; RLOO, arXiv 2402.14740.
   """
   if baseline not in BASELINES or scale not in SCALES:
@@ -132,24 +132,24 @@ def group_advantages(
 
 
 def zero_variance(reward: Array, group: int | Array, *, keep: Array | None = None) -> Array:
-  """[B] bool, the row's group has all its (kept) rewards equal: under a group baseline it teaches nothing.
+  """[B] bool, all (kept) rewards of the row's group are equal: under a group baseline its advantages are 0.
 
-  Arguments as in `group_advantages`. What dynamic sampling filters out (DAPO, arXiv 2503.14476, eq. 11).
+  Arguments as in `group_advantages`. Dynamic sampling removes such groups (DAPO, arXiv 2503.14476, eq. 11).
   """
   return _uniform(*_checked(reward, group, keep))
 
 
 def zero_variance_fraction(reward: Array, samples_per_prompt: int) -> Array:
-  """[] float32, the share of groups with all rewards equal, for prompt-major rows."""
+  """[] float32 in [0, 1], the share of groups whose rewards are all equal, for prompt-major rows [B]."""
   return zero_variance(reward, samples_per_prompt)[::samples_per_prompt].mean(dtype=jnp.float32)
 
 
 def token_advantages(advantage: Array, mask: Array, *, penalty: Array | None = None) -> Array:
-  """Advantages of rows handed to their tokens, less what the tokens from there on cost (undiscounted return to go).
+  """Advantages of rows for each of their tokens, minus the costs of that token and all later ones (not discounted).
 
   Args:
     advantage: [B]. mask: [B, T] bool.
-    penalty: [B, T], the cost of each token, in the reward's unit (a KL coefficient times
+    penalty: [B, T], cost of each token, in the reward's unit (a KL coefficient times
       `rspo_jax.objectives.penalties.kl`).
   Returns:
     [B, T] float32, no gradient, 0 outside the mask.
@@ -165,7 +165,7 @@ def token_advantages(advantage: Array, mask: Array, *, penalty: Array | None = N
 def whiten(x: Array, mask: Array, *, ddof: int = 1, epsilon: float = 1e-8) -> Array:
   """(x - mean) / sqrt(variance + epsilon) over all selected entries of the batch.
 
-  Over tokens [B, T] a long row weighs more than a short one, as in verl and OpenRLHF.
+  For tokens [B, T], long rows therefore weigh more than short ones, as in verl and OpenRLHF.
 
   Args:
     x: any shape. mask: bool, same shape. ddof: the variance divides by n - ddof (verl: 1).

@@ -1,12 +1,12 @@
-"""From values per token to one number, exactly, whatever the split of a minibatch.
+"""Aggregation of values per token to one number that does not depend on how a minibatch is split.
 
     token_mean               sum over all tokens / number of tokens
     seq_mean_token_mean      mean over rows of the row's mean
     seq_mean_token_sum       mean over rows of the row's sum
     seq_mean_token_sum_norm  mean over rows of the row's sum / a constant length (Dr.GRPO)
 
-"Rows" are those with at least one token: an empty row weighs nothing (TRL counts it, verl does not). Weights depend on
-the mask alone, so that of a whole global minibatch is known before any gradient is taken.
+Only rows with at least one token count (as in verl; TRL counts empty rows too). Weights depend on the mask alone, so
+the weight of the whole global minibatch is known before any gradient is computed.
 """
 
 import chex
@@ -19,7 +19,7 @@ DEFAULT_AGGREGATION = "seq_mean_token_mean"
 
 
 def aggregation_weight(mask: Array, mode: str) -> Array:
-  """What a mask counts for: its tokens ("token_mean") or its rows with a token.
+  """The weight of a mask: its number of tokens ("token_mean"), or of rows with at least one.
 
   Args:
     mask: [B, T] bool.
@@ -37,15 +37,15 @@ def aggregation_weight(mask: Array, mode: str) -> Array:
 
 
 def aggregate(values: Array, mask: Array, mode: str, *, norm_length: int | None = None) -> Weighted:
-  """Sums values so that, over any split of a batch, (sum of totals) / (sum of weights) is the whole's mean.
+  """Total and weight of values: over any split of a batch, (sum of totals) / (sum of weights) is the batch's mean.
 
   Args:
     values: [B, T], 0 outside the mask. mask: [B, T] bool.
-    norm_length: the constant length of "seq_mean_token_sum_norm", tokens: the longest completion there can be.
+    norm_length: the constant divisor of "seq_mean_token_sum_norm": the largest number of new tokens of a completion.
   Returns:
     Weighted of scalars; its weight is `aggregation_weight(mask, mode)`.
   Raises:
-    ValueError: unknown mode, or no norm_length where it is needed.
+    ValueError: unknown mode, or no norm_length for "seq_mean_token_sum_norm".
   """
   chex.assert_equal_shape([values, mask])
   weight = aggregation_weight(mask, mode)

@@ -1,4 +1,4 @@
-"""What is subtracted: the distance from a reference policy, and completions that are too long."""
+"""Penalties: the KL divergence from a reference policy, and the length of completions."""
 
 import jax.numpy as jnp
 
@@ -8,14 +8,14 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 def kl(log_prob: Array, reference_log_prob: Array, estimator: str = "k3") -> Array:
-  """Estimates KL(policy || reference) per token, at tokens the policy drew.
+  """Estimates KL(policy || reference) per token, at tokens sampled from the policy.
 
   With r = log_prob - reference_log_prob: k1 = r (unbiased, may be negative); k2 = r^2 / 2 (biased, small variance);
   k3 = exp(-r) - 1 + r (unbiased, >= 0).
 
-  As a loss their gradients are different things (arXiv 2506.09477): k1's is zero on average, k2's is that of
-  KL(policy || reference), k3's is that of KL(reference || policy). So k1 belongs into the reward, k2 or k3 into the
-  loss.
+  Used as a loss, their gradients differ (arXiv 2506.09477): in expectation, that of k1 is zero, that of k2 is the
+  gradient of KL(policy || reference), and that of k3 is the gradient of KL(reference || policy). Use k1 in the reward,
+  and k2 or k3 in the loss.
 
   Args:
     log_prob, reference_log_prob: [B, T] nats; gradient flows into both.
@@ -35,17 +35,17 @@ def kl(log_prob: Array, reference_log_prob: Array, estimator: str = "k3") -> Arr
 
 
 def overlong_penalty(length: Array, *, max_length: int, buffer: int, penalty: float = 1.0) -> Array:
-  """DAPO's soft punishment of completions that come near the length limit, counted in tokens.
+  """DAPO's soft penalty for completions near the length limit.
 
-  0 up to max_length - buffer tokens, then falling linearly to -penalty at max_length, and never lower (verl's code has
-  no such floor).
+  0 up to max_length - buffer tokens, then falling linearly to -penalty at max_length, and constant beyond it (in verl's
+  code it continues to fall).
 
   Args:
     length: [B], tokens. max_length, buffer: tokens, 0 < buffer <= max_length. penalty: in the reward's unit, >= 0.
   Returns:
     [B] float32, in [-penalty, 0], to be added to the reward.
   Raises:
-    ValueError: a buffer that is not within max_length, or a negative penalty.
+    ValueError: a buffer outside (0, max_length], or a negative penalty.
   Source: DAPO, arXiv 2503.14476, eq. 13.
   """
   if not 0 < buffer <= max_length or penalty < 0:

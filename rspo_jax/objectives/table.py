@@ -115,14 +115,16 @@ def _plain_type(name: str, parameter: inspect.Parameter) -> type:
 
 
 def check_recipe(recipe: Recipe) -> None:
-  """Checks that the objective accepts the advantages of its recipe.
+  """Checks the values of the objective's options, and that it accepts the advantages of its recipe.
 
   Raises:
-    ValueError: scale is "batch_std", whose advantages are [B, T], but the objective takes one advantage per row.
+    ValueError: a value out of range; or scale is "batch_std", whose advantages are [B, T], but the objective takes one
+      advantage per row.
   """
+  values, mask = (jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (jnp.float32, bool))
+  jax.eval_shape(recipe.objective, values, jax.ShapeDtypeStruct((1,), jnp.float32), mask)
   if recipe.scale != "batch_std":
     return
-  values, mask = (jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (jnp.float32, bool))
   try:
     jax.eval_shape(recipe.objective, values, values, mask)
   except ValueError as error:
@@ -143,14 +145,14 @@ def policy_loss(
   log_shift: Array | None = None,
   **options,
 ) -> Array:
-  """The loss of one whole minibatch on plain arrays: minus the mean objective. With a log_shift, RSPO.
+  """The loss of one whole minibatch on plain arrays: minus the mean objective. `gmpo` with a log_shift is RSPO.
 
   Args:
-    log_prob, old_log_prob: [B, T] nats, of the tokens under the trained and the sampling policy; gradient
-      flows into the first only.
-    advantage: [B] (or [B, T] for objectives of tokens). mask: [B, T] bool.
-    objective: a function of `rspo_jax.objectives.token_level` or `rspo_jax.objectives.sequence_level`. options: its own
-      (placement, eps_low, eps_high, ...).
+    log_prob, old_log_prob: [B, T] nats, of the tokens under the trained and the sampling policy; gradient flows only
+      into the first.
+    advantage: [B] (or [B, T] for token-level objectives). mask: [B, T] bool.
+    objective: a function of `rspo_jax.objectives.token_level` or `rspo_jax.objectives.sequence_level`.
+    options: of the objective (placement, eps_low, eps_high, ...).
     aggregation, norm_length: see `rspo_jax.objectives.aggregation.aggregate`.
     log_shift: [B, T] from `router_log_shift`, or None.
   Returns:

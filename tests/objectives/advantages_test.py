@@ -166,7 +166,10 @@ def test_a_tokens_advantage_is_the_rows_less_the_cost_still_to_come(way):
   np.testing.assert_array_equal(token_advantages(advantage, mask), mask * advantage[:, None])
 
 
-@given(st.lists(st.tuples(st.floats(-5, 5, width=32), st.booleans()), min_size=8, max_size=8), st.sampled_from([0, 1]))
+@given(
+  st.lists(st.tuples(st.floats(-5, 5, width=32, allow_subnormal=False), st.booleans()), min_size=8, max_size=8),
+  st.sampled_from([0, 1]),
+)
 @settings(max_examples=30, deadline=None)
 def test_whitened_entries_have_mean_zero_and_deviation_one_and_others_do_not_count(entries, ddof):
   x, mask = (np.asarray(column).reshape(2, 4) for column in zip(*entries, strict=True))

@@ -83,3 +83,10 @@ def test_advantages_of_tokens_need_an_objective_of_tokens():
     check_recipe(make_objective("rloo")._replace(scale="batch_std"))
   check_recipe(make_objective("rloo", ratio="token")._replace(scale="batch_std"))
   check_recipe(Recipe(cispo, scale="batch_std"))
+
+
+def test_values_out_of_range_are_reported_before_anything_is_compiled():
+  with pytest.raises(ValueError, match="dual_clip is 0.5; want a ratio above 1"):
+    check_recipe(make_objective("reinforce_pp", dual_clip=0.5))
+  with pytest.raises(ValueError, match="bounds is 'paper'"):
+    check_recipe(make_objective("gmpo", bounds="paper"))

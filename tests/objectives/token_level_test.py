@@ -222,5 +222,5 @@ def test_options_that_mean_nothing_are_named_with_their_cure():
       sapo(*arguments, tau_neg=bad)
   with pytest.raises(ValueError, match="bounds is 'trl'; want 'around_one'.* or 'absolute'"):
     cispo(*arguments, bounds="trl")
-  with pytest.raises(ValueError, match=r"eps_high is 0.28; with bounds='absolute'.*holds 1.*'around_one'"):
+  with pytest.raises(ValueError, match=r"eps_high is 0.28; with bounds='absolute'.*contains 1.*'around_one'"):
     cispo(*arguments, bounds="absolute", eps_high=0.28)
