@@ -13,6 +13,7 @@ from rspo_jax.rewards.math.reward import MathReward
 
 PROMPTS = 500
 SAMPLES = 8
+Kind = Callable[[random.Random], tuple[str, list[str]]]  # a gold answer and its completions
 
 
 def _whole(rng: random.Random) -> tuple[str, list[str]]:
@@ -20,43 +21,42 @@ def _whole(rng: random.Random) -> tuple[str, list[str]]:
   return str(gold), [f"So she pays {gold + number} dollars." for number in range(SAMPLES)]
 
 
-def _short(rng: random.Random) -> tuple[str, list[str]]:
-  a, b = rng.randrange(1, 1000), rng.randrange(2, 1000)
-  gold, answer = rng.choice(
-    (
-      (rf"\frac{{{a}}}{{{b}}}", r"Thus $x = \boxed{{\dfrac{{{}}}{{{}}}}}$."),
-      (f"{a}.{b}", r"It takes \boxed{{{}.{}\text{{ hours}}}}."),
-      (rf"{a}.{b}\%", r"\boxed{{{}.{}\%}}"),
-      (f"{a},{b:03d}", "#### {},{:03d}.00"),
-    )
+def _short(a: int, b: int) -> tuple[tuple[str, str], ...]:
+  return (
+    (rf"\frac{{{a}}}{{{b}}}", r"Thus $x = \boxed{{\dfrac{{{}}}{{{}}}}}$."),
+    (f"{a}.{b}", r"It takes \boxed{{{}.{}\text{{ hours}}}}."),
+    (rf"{a}.{b}\%", r"\boxed{{{}.{}\%}}"),
+    (f"{a},{b:03d}", "#### {},{:03d}.00"),
   )
-  return gold, [answer.format(a + number, b) for number in range(SAMPLES)]
 
 
-def _simple(rng: random.Random) -> tuple[str, list[str]]:
-  a, b = rng.randrange(1, 1000), rng.randrange(2, 1000)
-  gold, answer = rng.choice(
-    (
-      (rf"{a}\sqrt{{{b}}}", r"\boxed{{{} \sqrt{{{}}}}}"),
-      (rf"\frac{{{a}\pi}}{{{b}}}", r"\boxed{{\frac{{{} \pi}}{{{}}}}}"),
-      (rf"{a}.{b:03d}^\circ", r"\boxed{{{}.{:03d}^{{\circ}}}}"),
-      (f"x={a}.{b}", r"\boxed{{x = {}.{}}}"),
-    )
+def _simple(a: int, b: int) -> tuple[tuple[str, str], ...]:
+  return (
+    (rf"{a}\sqrt{{{b}}}", r"\boxed{{{} \sqrt{{{}}}}}"),
+    (rf"\frac{{{a}\pi}}{{{b}}}", r"\boxed{{\frac{{{} \pi}}{{{}}}}}"),
+    (rf"{a}.{b:03d}^\circ", r"\boxed{{{}.{:03d}^{{\circ}}}}"),
+    (f"x={a}.{b}", r"\boxed{{x = {}.{}}}"),
   )
-  return gold, [answer.format(a + number, b) for number in range(SAMPLES)]
 
 
-def _formula(rng: random.Random) -> tuple[str, list[str]]:
-  a, b = rng.randrange(1, 1000), rng.randrange(1000, 2000)
-  gold, answer = rng.choice(
-    (
-      (f"{a}, {b}", r"\boxed{{{}, {}}}"),
-      (f"({a}, {b})", r"\boxed{{\left({},{}\right)}}"),
-      (f"[{a}, {b})", r"\boxed{{[{},{})}}"),
-      (f"x^2 + {a}x - {b}", r"\boxed{{x^2+{}x-{}}}"),
-    )
+def _formula(a: int, b: int) -> tuple[tuple[str, str], ...]:
+  return (
+    (f"{a}, {b}", r"\boxed{{{}, {}}}"),
+    (f"({a}, {b})", r"\boxed{{\left({},{}\right)}}"),
+    (f"[{a}, {b})", r"\boxed{{[{},{})}}"),
+    (f"x^2 + {a}x - {b}", r"\boxed{{x^2+{}x-{}}}"),
   )
-  return gold, [answer.format(a + number, b) for number in range(SAMPLES)]
+
+
+def _from_templates(templates: Callable[[int, int], tuple[tuple[str, str], ...]], low: int, high: int) -> Kind:
+  """A kind of groups: one of the (gold, template of the completions) for a in [1, 1000) and b in [low, high)."""
+
+  def group(rng):
+    a, b = rng.randrange(1, 1000), rng.randrange(low, high)
+    gold, answer = rng.choice(templates(a, b))
+    return gold, [answer.format(a + number, b) for number in range(SAMPLES)]
+
+  return group
 
 
 def _cpu() -> float:
@@ -65,7 +65,7 @@ def _cpu() -> float:
   return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def rate(kind: Callable[[random.Random], tuple[str, list[str]]], workers: int) -> str:
+def rate(kind: Kind, workers: int) -> str:
   """Completions per wall-clock second and CPU time of each, after the workers have scored a tenth of the batch."""
   rng = random.Random(0)
   groups = dict(kind(rng) for _ in range(PROMPTS))
@@ -89,9 +89,9 @@ def main() -> None:
   print(f"load {os.getloadavg()[0]:.1f} at the start\n\n| answers | 1 worker | 2 workers |\n|---|---|---|")
   for kind, description in (
     (_whole, "whole numbers in a sentence"),
-    (_short, "fractions, decimals, percents, thousands"),
-    (_simple, "roots, multiples of pi, degrees, x = a"),
-    (_formula, "lists, tuples, intervals, polynomials"),
+    (_from_templates(_short, 2, 1000), "fractions, decimals, percents, thousands"),
+    (_from_templates(_simple, 2, 1000), "roots, multiples of pi, degrees, x = a"),
+    (_from_templates(_formula, 1000, 2000), "lists, tuples, intervals, polynomials"),
   ):
     print(f"| {description} | {rate(kind, 1)} | {rate(kind, 2)} |", flush=True)
 

@@ -51,8 +51,8 @@ class FormatReward:
     Args:
       form: of `FORMS`. 'think' is <think>...</think> and an answer; 'think_answer' has it in <answer>...</answer>
         (arXiv 2501.12948). White space around the parts is ignored; every tag occurs once; the answer is not empty.
-      pattern: a regular expression in RE2's syntax (no backreferences, no lookaround) that the whole
-        completion matches; the dot matches line ends too. The text of a group named `answer` is the answer.
+      pattern: a regular expression in RE2's syntax (no backreferences, no lookaround) that the whole completion
+        matches; the dot matches line ends too. The text of a group named `answer` is the answer.
       opened: the prompt ends with <think>, so the completion does not begin with it.
     Raises:
       ValueError: none or both of form and pattern, an unknown form, or an expression that RE2 cannot compile.

@@ -144,11 +144,11 @@ class RaisingReward:
 @pytest.mark.parametrize("reward", [raising, RaisingReward()], ids=["function", "batched"])
 def test_on_error_zero_scores_zero_where_the_reward_raises_and_keeps_other_results(monkeypatch, caplog, reward):
   monkeypatch.setitem(REWARDS, "raising", RaisingReward if reward is not raising else raising)
-  made = make_reward("raising", on_error="zero")
-  scores = score_completions(made, ["ok", "bad", "ok", "bad"], [EXAMPLE] * 4)
+  wrapped = make_reward("raising", on_error="zero")
+  scores = score_completions(wrapped, ["ok", "bad", "ok", "bad"], [EXAMPLE] * 4)
   assert (scores.reward.tolist(), scores.reason) == ([1, 0, 1, 0], ("right", "failed", "right", "failed"))
   assert "2 of 4 completions could not be scored: " in caplog.text and "'answer'" in caplog.text
-  assert made("bad", EXAMPLE).reason == "failed"
+  assert wrapped("bad", EXAMPLE).reason == "failed"
 
 
 def test_on_error_zero_applies_to_results_that_are_not_finite(monkeypatch):

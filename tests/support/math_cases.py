@@ -258,9 +258,9 @@ def incorrect(gold: Gold) -> dict[str, str]:
 
 def _other_numbers(gold: Gold) -> Iterator[tuple[str, str]]:
   bare = gold.bare
-  for place, number in enumerate([*re.finditer(r"\d+", bare)][:6]):
+  for index, number in enumerate([*re.finditer(r"\d+", bare)][:6]):
     if not re.search(r"\\(?:mbox|text)\{", bare[: number.start()]):  # not the power of a unit
-      yield f"number {place}", f"{bare[: number.start()]}{int(number[0]) + 1}{bare[number.end() :]}"
+      yield f"number {index}", f"{bare[: number.start()]}{int(number[0]) + 1}{bare[number.end() :]}"
 
 
 def _other_signs(gold: Gold) -> Iterator[tuple[str, str]]:

@@ -32,15 +32,15 @@ from sympy.solvers.solvers import solve_linear
 # Parsing
 
 
-def _parts(kinds: tuple[int, ...]) -> tuple[bool, bool, bool]:
+def _parts(types: tuple[int, ...]) -> tuple[bool, bool, bool]:
   r"""Whether a text of these token types may contain: a sum with \pm, an index after a power, a power after an index.
 
   An index or a power ends with a brace, or is a single token, or ends with a nested index or power of this kind.
   """
   brace, index, power = PSParser.R_BRACE, PSParser.UNDERSCORE, PSParser.CARET
-  ends = [last == brace or before in (index, power) for before, last in itertools.pairwise(kinds)]
-  after = {kind for end, kind in zip(ends, kinds[2:], strict=False) if end}
-  return PSParser.PLUS_MINUS in kinds, index in after, power in after
+  ends = [last == brace or before in (index, power) for before, last in itertools.pairwise(types)]
+  after = {type_ for end, type_ in zip(ends, types[2:], strict=False) if end}
+  return PSParser.PLUS_MINUS in types, index in after, power in after
 
 
 @functools.cache
@@ -61,14 +61,14 @@ def _parser(plus_minus: bool, power_index: bool, index_power: bool) -> type[PSPa
 
 
 @functools.lru_cache(maxsize=256)
-def _tree(kinds: tuple[int, ...]) -> tuple[list[Token], ParserRuleContext | None]:
+def _tree(types: tuple[int, ...]) -> tuple[list[Token], ParserRuleContext | None]:
   """Tokens of these types, including the end token, and their parse tree; None for the tree if there is a syntax error.
 
   ANTLR's SLL prediction takes a tenth of the time of LL. It finds the same tree or reports a syntax error; LL runs only
   after such an error. Source: PredictionMode in ANTLR's documentation.
   """
-  stream = CommonTokenStream(ListTokenSource([CommonToken(type=kind) for kind in kinds]))
-  parser = _parser(*_parts(kinds))(stream)
+  stream = CommonTokenStream(ListTokenSource([CommonToken(type=type_) for type_ in types]))
+  parser = _parser(*_parts(types))(stream)
   parser._errHandler = BailErrorStrategy()
   for mode in (PredictionMode.SLL, PredictionMode.LL):
     parser._interp.predictionMode = mode
@@ -78,7 +78,7 @@ def _tree(kinds: tuple[int, ...]) -> tuple[list[Token], ParserRuleContext | None
   return stream.tokens, None
 
 
-def _parse_by_kinds(parser: PSParser) -> ParserRuleContext:
+def _parse_by_types(parser: PSParser) -> ParserRuleContext:
   """Replaces `PSParser.math`: 2x+3 and 7y+9 share their tree, as the grammar depends on token types only."""
   stream = parser.getTokenStream()
   stream.fill()
@@ -212,7 +212,7 @@ def _misses(equation: sympy.Eq, symbol: sympy.Symbol, solution: sympy.Expr, poin
   return False
 
 
-_parse_exactly, PSParser.math = PSParser.math, _parse_by_kinds
+_parse_exactly, PSParser.math = PSParser.math, _parse_by_types
 _parse_number_exactly, _Latex2Sympy.parse_number = _Latex2Sympy.parse_number, _parse_number
 _simplified_equal_exactly, grader.sympy_symbolic_eq = grader.sympy_symbolic_eq, _simplified_equal
 _solved_equal_exactly, grader.sympy_solve_and_compare = grader.sympy_solve_and_compare, _solved_equal
