@@ -1,4 +1,4 @@
-"""What a run shows while it works: one live line on a terminal, a plain line now and then elsewhere."""
+"""Progress of a run: one live line on a terminal, elsewhere a plain line every few seconds."""
 
 import collections
 import logging
@@ -15,9 +15,9 @@ from rich.text import Text
 
 _log = logging.getLogger(__name__)
 _BAR_WIDTH = 20
-_PACE_STEPS = 20  # the time left follows the mean pace of so many steps
+_PACE_STEPS = 20  # the remaining time is estimated from the mean duration of this many steps
 
-# label, metric; in the order shown, where known
+# label and metric, in the order shown; metrics without a value are left out
 _SHOWN = (
   ("loss", "loss/warm_start"),
   ("reward", "reward/mean"),
@@ -28,7 +28,7 @@ _SPEEDS = ("speed/sample_tokens_per_second", "speed/train_tokens_per_second")
 
 
 class Progress:
-  """Live progress, one phase after another. Only process 0 shows it, and no failure in here stops a run.
+  """Live progress, phase by phase. Only process 0 shows it, and an error of the display never stops a run.
 
       with Progress() as progress:
         progress.start("rl", total=100, done=restored)
@@ -36,30 +36,30 @@ class Progress:
           progress.update(step, writer.write("rl", step, metrics))
 
   Args:
-    every: seconds between plain lines where the output is no terminal.
-    console: where to show it; the default is stdout.
-    clock: seconds that only rise.
+    every: seconds between plain lines if the output is not a terminal.
+    console: where to print; the default is stdout.
+    clock: a monotonic clock, seconds.
   """
 
   def __init__(self, *, every: float = 5.0, console: Console | None = None, clock=time.monotonic):
-    self._shows = jax.process_index() == 0
+    self._enabled = jax.process_index() == 0
     self._console = console or _stdout()
     self._every = every
     self._clock = clock
     self._live: Live | None = None
     self._phase, self._total = "", 0
     self._values: dict[str, Any] = {}
-    self._began = clock()
+    self._started_at = clock()
     self._ends: collections.deque[tuple[int, float]] = collections.deque(maxlen=_PACE_STEPS + 1)
     self._shown_at: float | None = None
 
   def __enter__(self) -> "Progress":
-    if self._shows and _is_live(self._console):
+    if self._enabled and _is_live(self._console):
       try:
         self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
         self._live.start()
       except Exception:
-        self._give_up()
+        self._disable()
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -71,65 +71,65 @@ class Progress:
         _log.warning("the progress display failed", exc_info=True)
 
   def start(self, phase: str, total: int, done: int = 0) -> None:
-    """Begins a phase of `total` steps, `done` of which an earlier start of the run has taken."""
+    """Starts a phase of `total` steps; `done` of them were taken before the run was resumed."""
     if self._live is not None and self._phase:
-      self.print(self._line().plain)  # the live line moves on to the new phase; this stays of the old one
+      self.print(self._line().plain)  # the live line shows the new phase; this line of the old one remains
     self._phase, self._total, self._values = phase, total, {}
-    self._began = self._clock()
+    self._started_at = self._clock()
     self._ends.clear()
-    self._ends.append((done, self._began))
+    self._ends.append((done, self._started_at))
     self._shown_at = None
 
   def update(self, step: int, values: Mapping[str, Any]) -> None:
-    """`step` steps of the phase are done. `values`: metrics by name as `MetricsWriter.write` returns them."""
-    if not self._shows:
+    """Records that `step` steps of the phase are done. values: metrics by name, as from `MetricsWriter.write`."""
+    if not self._enabled:
       return
     try:
       now = self._clock()
       self._values.update(values)
-      if len(self._ends) == 2 and self._ends[0][1] == self._began:
-        self._ends.popleft()  # the first step compiled; it says nothing about the pace
+      if len(self._ends) == 2 and self._ends[0][1] == self._started_at:
+        self._ends.popleft()  # the first step includes compilation
       self._ends.append((step, now))
       due = self._shown_at is None or now - self._shown_at >= self._every or step >= self._total
       if self._live is None and due:
         self._shown_at = now
         self._console.print(self._line(), soft_wrap=True)
     except Exception:
-      self._give_up()
+      self._disable()
 
   def print(self, text: str) -> None:
-    """Shows a line that stays; it goes above the live one."""
-    if self._shows:
+    """Prints a line above the live one."""
+    if self._enabled:
       try:
         self._console.print(Text(text), soft_wrap=True)
       except Exception:
-        self._give_up()
+        self._disable()
 
   def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """As the function `table`; while the live line is shown, only this one keeps clear of it."""
+    """As the function `table`, but does not disturb the live line."""
     table(title, columns, rows, console=self._console)
 
-  def _give_up(self) -> None:
-    _log.warning("the progress display failed; the run goes on without it", exc_info=True)
-    self._shows = False
+  def _disable(self) -> None:
+    _log.warning("the progress display failed; the run continues without it", exc_info=True)
+    self._enabled = False
     self.__exit__()
 
   def _line(self) -> Text:
     return Text("  ".join([self._phase, *self._facts()]))
 
   def _facts(self) -> list[str]:
-    """What to show after the phase's name; the most wanted first, for a narrow terminal crops the rest."""
+    """The texts after the name of the phase, the most important first, because a narrow terminal crops the line."""
     (first, start), (last, end) = self._ends[0], self._ends[-1]
     facts = [f"{last}/{self._total}"]
     if last > first:
       facts.append(f"left {_duration((end - start) / (last - first) * max(self._total - last, 0))}")
-    known = self._values
-    facts += [f"{label} {known[name]:.3f}" for label, name in _SHOWN if _is_number(known.get(name))]
-    facts += [f"{known[name]:,.0f} tok/s" for name in _SPEEDS if _is_number(known.get(name))][:1]
-    return [*facts, f"elapsed {_duration(self._clock() - self._began)}"]
+    values = self._values
+    facts += [f"{label} {values[name]:.3f}" for label, name in _SHOWN if _is_number(values.get(name))]
+    facts += [f"{values[name]:,.0f} tok/s" for name in _SPEEDS if _is_number(values.get(name))][:1]
+    return [*facts, f"elapsed {_duration(self._clock() - self._started_at)}"]
 
   def _render(self) -> Text:
-    """The live line. A thread of its own draws it, where an exception would be lost: it must not raise."""
+    """The live line. It must not raise: rich calls it in another thread, where an exception would be lost."""
     try:
       line = self._live_line() if self._phase else Text("")
     except Exception as error:
@@ -147,22 +147,22 @@ class Progress:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, console: Console | None = None) -> None:
-  """Prints a table (process 0 only): drawn on a terminal, aligned text elsewhere.
+  """Prints a table (process 0 only): with borders on a terminal, as aligned text elsewhere.
 
   Args:
-    rows: as many cells as columns each, shown by `str`; the first is flush left, the others flush right.
+    rows: a cell for each column, printed with `str`; the first is aligned left, the others right.
   """
   if jax.process_index() != 0:
     return
   console = console or _stdout()
   cells = [[str(cell) for cell in row] for row in rows]
   if _is_live(console):
-    drawn = Table(title=Text(title, style="bold"), title_justify="left")
+    bordered = Table(title=Text(title, style="bold"), title_justify="left")
     for index, column in enumerate(columns):
-      drawn.add_column(Text(column), justify="left" if index == 0 else "right")
+      bordered.add_column(Text(column), justify="left" if index == 0 else "right")
     for row in cells:
-      drawn.add_row(*(Text(cell) for cell in row))
-    console.print(drawn)
+      bordered.add_row(*(Text(cell) for cell in row))
+    console.print(bordered)
     return
   lines = [list(columns), *cells]
   widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
@@ -176,7 +176,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
 
 def _stdout() -> Console:
   if hasattr(sys.stdout, "reconfigure"):
-    sys.stdout.reconfigure(errors="replace")  # a stream without some letter shows "?", and the run goes on
+    sys.stdout.reconfigure(errors="replace")  # an encoding that lacks a character prints "?" instead of raising
   return Console(file=sys.stdout)
 
 

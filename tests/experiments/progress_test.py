@@ -1,4 +1,4 @@
-"""The live display tells the right numbers on a terminal and off it, and never stops a run."""
+"""The progress display shows correct numbers on a terminal and elsewhere, and never stops a run."""
 
 import io
 import re
@@ -29,13 +29,13 @@ def terminal(width=120, encoding="utf-8"):
 
 
 def shown(console):
-  """Everything written so far, without colours and cursor movements."""
+  """All text written so far, without colours and cursor movements."""
   file = console.file
   text = file.getvalue() if isinstance(file, io.StringIO) else file.buffer.getvalue().decode(file.encoding)
   return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
-def test_off_a_terminal_a_line_appears_at_most_every_so_many_seconds_and_at_the_end():
+def test_off_a_terminal_lines_are_printed_at_the_given_interval_and_at_the_end():
   clock, console = Clock(), plain()
   with Progress(every=5.0, console=console, clock=clock) as progress:
     progress.start("rl", total=12)
@@ -47,7 +47,7 @@ def test_off_a_terminal_a_line_appears_at_most_every_so_many_seconds_and_at_the_
   assert lines[1] == "rl  4/12  left 0:16  reward 0.250  success 0.125  12,346 tok/s  elapsed 0:08"
 
 
-def test_the_time_left_follows_recent_steps_without_the_compiling_first_one():
+def test_the_remaining_time_follows_recent_steps_without_the_first_one():
   clock, console = Clock(), plain()
   with Progress(every=0.0, console=console, clock=clock) as progress:
     progress.start("rl", total=1000, done=100)
@@ -55,13 +55,13 @@ def test_the_time_left_follows_recent_steps_without_the_compiling_first_one():
       clock.now += seconds
       progress.update(step, ROW)
   lines = shown(console).splitlines()
-  assert "left 14:59:00" in lines[0]  # only the first step is known: 899 of 60 s
+  assert "left 14:59:00" in lines[0]  # after the first step: 899 steps of 60 s
   assert "left 44:54" in lines[1]  # 898 steps of 3 s
   assert "left 14:00" in lines[-1]  # 840 steps of 1 s
   assert "elapsed 2:57" in lines[-1]
 
 
-def test_on_a_terminal_one_line_is_kept_up_to_date_and_texts_stay_above_it():
+def test_on_a_terminal_one_line_is_updated_and_texts_are_printed_above_it():
   console = terminal()
   with Progress(console=console) as progress:
     progress.start("warm_start", total=4)
@@ -71,7 +71,7 @@ def test_on_a_terminal_one_line_is_kept_up_to_date_and_texts_stay_above_it():
     progress.update(5, ROW)
   text = shown(console)
   assert "saved [step 2]" in text
-  assert "warm_start  2/4" in text  # stays of the phase that ended
+  assert "warm_start  2/4" in text  # of the phase that ended
   assert "━" in text
   assert "5/10  left " in text.splitlines()[-1]
   assert "reward 0.250  success 0.125  12,346 tok/s" in text.splitlines()[-1]
@@ -87,7 +87,7 @@ def test_the_live_line_never_wraps(width):
   assert "500/1000" in shown(console)
 
 
-def test_a_terminal_without_unicode_gets_ascii():
+def test_on_a_terminal_without_unicode_the_bar_is_ascii():
   console = terminal(encoding="ascii")
   with Progress(console=console) as progress:
     progress.start("rl", total=10)
@@ -117,7 +117,7 @@ def test_a_display_that_fails_does_not_stop_the_run(force_terminal):
   assert done == 3
 
 
-def test_an_exception_in_the_run_passes_through_and_the_cursor_comes_back():
+def test_an_exception_in_the_run_is_propagated_and_the_cursor_is_restored():
   console = terminal()
 
   def run():
@@ -131,7 +131,7 @@ def test_an_exception_in_the_run_passes_through_and_the_cursor_comes_back():
   assert written.rfind("\x1b[?25h") > written.rfind("\x1b[?25l") >= 0  # shown again after it was hidden
 
 
-def test_a_table_is_aligned_text_off_a_terminal_and_drawn_on_one():
+def test_a_table_is_aligned_text_off_a_terminal_and_has_borders_on_one():
   columns, rows = ["", "before", "after"], [["T=1 (avg@8)", "0.10", 0.64], ["greedy [x]", 1, "0.7"]]
   console = plain(width=10)  # narrower than the table: no wrapping in a log
   table("held-out", columns, rows, console=console)
