@@ -1,4 +1,4 @@
-"""What docs/evaluation.md says, run."""
+"""The code and the flags of docs/evaluation.md work."""
 
 import re
 
@@ -8,14 +8,14 @@ from tests.support.paths import DOCS
 DOCUMENT = (DOCS / "evaluation.md").read_text()
 
 
-def test_the_code_of_the_document_prints_what_it_says(capsys):
-  shown = r"^```python\n(.*?)^```$\n\nprints\n\n```\n(.*?)^```$"
-  ((code, printed),) = re.findall(shown, DOCUMENT, re.DOTALL | re.MULTILINE)
+def test_the_code_of_the_document_prints_the_documented_output(capsys):
+  example = r"^```python\n(.*?)^```$\n\nprints\n\n```\n(.*?)^```$"
+  ((code, printed),) = re.findall(example, DOCUMENT, re.DOTALL | re.MULTILINE)
   exec(compile(code, "docs/evaluation.md", "exec"), {})
   assert capsys.readouterr().out == printed
 
 
-def test_every_flag_of_the_document_is_there():
+def test_every_flag_of_the_document_exists():
   flags = re.findall(r"--config\.([\w.]+)=", DOCUMENT)
   assert len(flags) > 5
   for flag in flags:
