@@ -1,8 +1,19 @@
-"""Functional Flax MoE transformers of the public families. They import `rspo_jax.types` and nothing else of the
-library.
+"""Mixture-of-experts transformers of the public families, in Flax linen, as implementations of `rspo_jax.types.Policy`.
+
+`models.layers` has the linen modules and `models.huggingface` the checkpoint formats. This package imports
+`rspo_jax.types` and `rspo_jax.files` and no other module of the library; training and sampling belong in `rspo_jax`.
 """
 
 from models.config import LoraConfig, RopeScaling, TransformerConfig, tiny_moe
+from models.lora import add_lora, merge_lora
 from models.policy import build_policy
 
-__all__ = ["LoraConfig", "RopeScaling", "TransformerConfig", "build_policy", "tiny_moe"]
+__all__ = [
+  "LoraConfig",
+  "RopeScaling",
+  "TransformerConfig",
+  "add_lora",
+  "build_policy",
+  "merge_lora",
+  "tiny_moe",
+]

@@ -1,24 +1,26 @@
-"""What a model is made of, in the names Hugging Face's `config.json` uses."""
+"""Configuration of a decoder, with the field names of Hugging Face's `config.json`."""
 
 import dataclasses
 from typing import Any
 
-# Unrolled layers are faster on CPUs, but their compile time grows with their number: 9.7 s instead of 7.2 s for the
-# train step of 4 layers.
+# Unrolled layers are faster on CPUs, but compile time grows with their number: 9.7 s instead of 7.2 s for the train
+# step of 4 layers (BENCHMARKS.md).
 UNROLLED_LAYERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """How rotary frequencies are stretched for contexts longer than the first training's.
+  """Scaling of rotary frequencies for contexts longer than those of pretraining.
 
   Attributes:
-    rope_type: "default" (not at all), "linear" (positions divided by factor) or "yarn" (2309.00071).
-    factor: new over original context length.
-    original_max_position_embeddings: yarn's, tokens. beta_fast, beta_slow: turns within the original context above
-      which a frequency stays, and below which it is divided by factor. truncate: round the bounds to whole pairs.
-    attention_factor: what cosines and sines are multiplied by; None: computed from factor, mscale and mscale_all_dim.
-    mscale, mscale_all_dim: DeepSeek's weights of log(factor) in attention_factor and in the scale of the scores.
+    rope_type: "default" (none), "linear" (positions divided by factor) or "yarn" (arXiv 2309.00071).
+    factor: new context length divided by the original one.
+    original_max_position_embeddings: context length of pretraining in tokens; yarn only.
+    beta_fast, beta_slow: rotations within the original context. Frequencies with more than beta_fast rotations stay
+      unchanged, frequencies with fewer than beta_slow are divided by factor; yarn only.
+    truncate: round the bounds between them to whole pairs.
+    attention_factor: multiplier of cosines and sines; None computes it from factor, mscale and mscale_all_dim.
+    mscale, mscale_all_dim: DeepSeek's weights of log(factor) in attention_factor and in the scale of attention scores.
   """
 
   rope_type: str = "default"
@@ -35,18 +37,22 @@ class RopeScaling:
     if self.rope_type not in ("default", "linear", "yarn"):
       raise ValueError(f"rope_type is {self.rope_type!r}; want 'default', 'linear' or 'yarn'.")
     if self.rope_type == "yarn" and self.original_max_position_embeddings < 1:
-      raise ValueError("yarn needs original_max_position_embeddings, the context length of the first training.")
+      raise ValueError(
+        f"original_max_position_embeddings is {self.original_max_position_embeddings} with rope_type 'yarn'; set it to "
+        "the context length of pretraining, in tokens."
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Low-rank updates beside matrices (arXiv 2106.09685): W + alpha / rank * A B, with B zero at first.
+  """Low-rank updates beside matrices (arXiv 2106.09685): W + alpha / rank * A B, with B initialised to zero.
 
   Attributes:
-    rank: 0 is off. alpha: the update's scale times rank.
-    targets: regular expressions, searched in the paths of matrices ("layers_0/attention/query", "layers_0/moe/up"):
-      attention/{query,key,value,out}, moe/{gate,up,down} (the experts), moe/router, moe/shared/*, mlp/*, and with
-      latent attention query_down, latent and key_value.
+    rank: 0 switches LoRA off.
+    alpha: scale of the update, times rank.
+    targets: regular expressions that are searched in the paths of matrices ("layers_0/attention/query",
+      "layers_0/moe/up"): attention/{query,key,value,out}, moe/{gate,up,down} (the experts), moe/router, moe/shared/*,
+      mlp/*, and with latent attention query_down, latent and key_value.
   """
 
   rank: int = 0
@@ -58,43 +64,46 @@ class LoraConfig:
 class TransformerConfig:
   """A mixture-of-experts decoder of one of the public families. Sizes are counts.
 
-  Names are transformers' (`Qwen3MoeConfig`, `DeepseekV3Config`, `GptOssConfig`), those marked "ours" apart.
-  `models.huggingface.config_json` reads a `config.json` into one; `models.huggingface.families` says what each family
-  fixes.
+  Field names are those of transformers (`Qwen3MoeConfig`, `DeepseekV3Config`, `GptOssConfig`); fields marked "ours" do
+  not exist there. `models.huggingface.config_json` reads a `config.json`; `models.huggingface.families` has the values
+  that a family fixes.
 
   Attributes:
-    model_type: the family, a key of `models.huggingface.families.FAMILIES`: which checkpoints it is read from and
-      saved as.
-    num_experts: 1 is a dense model: one expert without a router, which every token takes with weight 1.
-    mlp_only_layers, decoder_sparse_step: layer i holds experts if it is not listed and (i + 1) is a multiple of the
-      step; every other layer holds one dense MLP of width `intermediate_size`.
+    model_type: the family, a key of `models.huggingface.families.FAMILIES`: the checkpoint format it is loaded from and
+      saved in.
+    num_experts: 1 is a dense model: one expert without a router, applied to every token with weight 1.
+    mlp_only_layers, decoder_sparse_step: layer i has experts if it is not listed and (i + 1) is a multiple of the step;
+      every other layer has one dense MLP of width `intermediate_size`.
 
     head_dim: width of an attention head; with latent attention, of its rotary part.
-    qk_norm: RMS norm of queries and keys, "none", over each "head", or over the whole "projection" (ours).
-    qkv_bias, attention_out_bias: biases of the attention's projections (ours).
-    clip_qkv: bound on the size of queries, keys and values; None is off.
-    sliding_window, sliding_layers: these layers see only so many tokens, the query's own included (the second ours).
-    attention_sinks: a learnt score per head that takes part in the softmax and carries no value (ours).
-    kv_lora_rank: width of the latent that keys and values are made of; 0 is plain attention. q_lora_rank: the same of
-      queries, None for none. qk_nope_head_dim, qk_rope_head_dim, v_head_dim: of a head, with latent attention.
-    rope_interleave: rotary pairs are neighbours; else the two halves of a head.
+    qk_norm: RMS norm of queries and keys: "none", over each "head", or over the whole "projection" (ours).
+    qkv_bias, attention_out_bias: biases of the attention projections (ours).
+    clip_qkv: bound on the absolute value of queries, keys and values; None is off.
+    sliding_window, sliding_layers: the listed layers attend to this many tokens, the query's own included
+      (sliding_layers is ours).
+    attention_sinks: a learnt score per head that enters the softmax and has no value vector (ours).
+    kv_lora_rank: width of the latent from which keys and values are projected; 0 is plain attention. q_lora_rank: the
+      same for queries; None projects them from the hidden state. qk_nope_head_dim, qk_rope_head_dim, v_head_dim: widths
+      of the parts of a head with latent attention.
+    rope_interleave: rotary pairs are adjacent entries; otherwise entries of the two halves of a head.
 
-    scoring_func: what router logits become, "softmax" over all experts or "sigmoid" of each.
-    norm_topk_prob: divide the chosen experts' scores by their sum.
-    routed_scaling_factor: what the chosen experts' weights are multiplied by after that.
-    router_bias: a bias on the choice of experts, not on their weights (ours; DeepSeek's e_score_correction_bias).
-    router_logit_bias: a bias on the router's logits (ours).
-    n_group, topk_group: experts are chosen from the best topk_group of n_group groups. group_score: a group counts
-      as its "max" or as the sum of its best two, "top2" (ours).
-    shared_expert_intermediate_size: width of an expert that every token takes; 0 is none. shared_expert_gate: it is
-      weighted by a sigmoid (ours).
+    scoring_func: router scores are the "softmax" of the logits over all experts, or the "sigmoid" of each logit.
+    norm_topk_prob: divide the scores of the selected experts by their sum.
+    routed_scaling_factor: multiplier of the gates, after norm_topk_prob.
+    router_bias: a bias on the selection of experts that does not enter their gates (ours; DeepSeek's
+      e_score_correction_bias).
+    router_logit_bias: a bias on the router logits (ours).
+    n_group, topk_group: experts are selected from the best topk_group of n_group groups. group_score: score of a group,
+      the "max" of its experts' or the sum of the two largest, "top2" (ours).
+    shared_expert_intermediate_size: width of an expert that is applied to every token; 0 is none. shared_expert_gate:
+      its output is multiplied by a sigmoid gate (ours).
     expert_bias: biases of the routed experts' projections (ours).
-    swiglu_limit: bound on what enters the experts' SwiGLU, gpt-oss's; None is the plain SwiGLU.
+    swiglu_limit: clamp of the inputs of the experts' SwiGLU, as in gpt-oss; None is the plain SwiGLU.
 
-    dtype: of activations and matrix products ("float32" or "bfloat16"); parameters and the router stay float32.
-    cache_dtype: of the keys and values that decoding remembers; "" is dtype (ours).
-    lora: trainable low-rank updates; the matrices themselves are frozen by whoever trains (ours).
-    remat: recompute each layer in the backward pass instead of keeping its activations (ours).
+    dtype: of activations and matrix products, "float32" or "bfloat16"; parameters and the router stay float32.
+    cache_dtype: of the key/value cache; "" is dtype (ours).
+    lora: trainable low-rank updates. Training must freeze the matrices themselves (ours).
+    remat: recompute each layer in the backward pass instead of storing its activations (ours).
     scan_layers: True runs the layers of the training forward in a loop, so that one layer is compiled; False unrolls
       them, which compiles longer and takes 0.91 of the time of a train step on CPUs. None: `build_policy` chooses for
       the platform of the mesh, see `scans_layers` (ours).
@@ -165,15 +174,15 @@ class TransformerConfig:
         raise ValueError(f"{name} is {getattr(self, name)!r}; want {' or '.join(map(repr, allowed))}.")
     if self.num_attention_heads % self.num_key_value_heads:
       raise ValueError(
-        f"num_attention_heads is {self.num_attention_heads} and num_key_value_heads {self.num_key_value_heads}; "
-        "each key/value head serves a whole number of query heads, so make the first a multiple of the second."
+        f"num_attention_heads is {self.num_attention_heads} and num_key_value_heads is {self.num_key_value_heads}; "
+        "want num_attention_heads to be a multiple of num_key_value_heads."
       )
     if not 1 <= self.num_experts_per_tok <= self.num_experts:
       raise ValueError(
         f"num_experts_per_tok is {self.num_experts_per_tok}; want 1 to num_experts ({self.num_experts})."
       )
     if self.head_dim % 2:
-      raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings turn pairs, so make it even.")
+      raise ValueError(f"head_dim is {self.head_dim}; want an even number, because rotary embeddings rotate pairs.")
     if self.kv_lora_rank and (self.head_dim != self.qk_rope_head_dim or not self.v_head_dim):
       raise ValueError(
         f"with kv_lora_rank, head_dim ({self.head_dim}) must equal qk_rope_head_dim ({self.qk_rope_head_dim}) and "
@@ -181,20 +190,25 @@ class TransformerConfig:
       )
     self._check_groups()
     if self.sliding_layers and not (self.sliding_window and self.sliding_window > 0):
-      raise ValueError("sliding_layers are given but no sliding_window; give the window a length in tokens.")
+      raise ValueError(
+        f"sliding_window is {self.sliding_window} with sliding_layers {self.sliding_layers}; want a number of tokens."
+      )
     layers = range(self.num_hidden_layers)
     if not all(self.is_moe_layer(i) for i in layers) and self.intermediate_size < 1:
-      raise ValueError("some layers are dense but intermediate_size is not set; give the dense MLP a width.")
+      raise ValueError(
+        f"intermediate_size is {self.intermediate_size}, but some layers are dense; set the width of the dense MLP."
+      )
     if not any(self.is_moe_layer(i) for i in layers):
       raise ValueError(
-        "no layer holds experts, so there is no router to watch; check mlp_only_layers and decoder_sparse_step."
+        f"mlp_only_layers is {self.mlp_only_layers} and decoder_sparse_step is {self.decoder_sparse_step}, so no layer "
+        "has experts; leave at least one layer with experts."
       )
 
   def _check_groups(self):
     if self.n_group < 1 or self.num_experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
       raise ValueError(
-        f"n_group is {self.n_group} and topk_group {self.topk_group} for {self.num_experts} experts; want groups of "
-        "equal size and 1 to n_group of them chosen."
+        f"n_group is {self.n_group} and topk_group is {self.topk_group} for {self.num_experts} experts; want groups of "
+        "equal size and topk_group from 1 to n_group."
       )
     size = self.num_experts // self.n_group
     if self.num_experts_per_tok > self.topk_group * size or (
@@ -202,19 +216,19 @@ class TransformerConfig:
     ):
       raise ValueError(
         f"{self.topk_group} groups of {size} experts are too few for num_experts_per_tok {self.num_experts_per_tok} "
-        f"and group_score {self.group_score!r}."
+        f"and group_score {self.group_score!r}; select from more groups, or make the groups larger."
       )
 
   def is_moe_layer(self, layer: int) -> bool:
     return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
   def window(self, layer: int) -> int | None:
-    """Tokens that a layer's queries see, their own included; None for all."""
+    """Length of a layer's sliding window in tokens, the query's own included; None if it attends to all."""
     return self.sliding_window if layer in self.sliding_layers else None
 
   @property
   def is_dense(self) -> bool:
-    """One expert and no router: a control without routing."""
+    """Whether the model has one expert and no router."""
     return self.num_experts == 1
 
   @property
@@ -224,7 +238,7 @@ class TransformerConfig:
 
   @property
   def segments(self) -> tuple[tuple[bool, int], ...]:
-    """Runs of equal layers, (holds experts, length), in order: each run is one scan."""
+    """Runs of consecutive layers of the same kind, (has experts, length), in order; each run is one scan."""
     runs: list[tuple[bool, int]] = []
     for layer in range(self.num_hidden_layers):
       moe = self.is_moe_layer(layer)

@@ -1,4 +1,4 @@
-"""Makes a `Policy` of a transformer configuration: the pure functions that sampling, scoring and training call."""
+"""Builds a `Policy` from a transformer configuration: the pure functions that sampling, scoring and training call."""
 
 import dataclasses
 import functools
@@ -20,12 +20,13 @@ from rspo_jax.types import Array, Layout, Params, Policy, Probe, router_logits_p
 
 
 class KeyValueCache(NamedTuple):
-  """What the sampler remembers of a batch.
+  """Keys and values of a batch during decoding, a ring buffer of S slots.
 
   Attributes:
     layers: per layer keys [B, heads, width, S] and values [B, heads, S, width] (`models.layers.attention.LayerCache`).
-    valid: [B, S] bool, slots to look at. position: [B] int32, how many valid tokens a row has seen.
-    slot: [] int32, how many tokens have been written, the same for all rows; the next one goes to slot % S.
+    valid: [B, S] bool, slots that queries may attend to.
+    position: [B] int32, number of valid tokens in each row so far, the rotary position of its next token.
+    slot: [] int32, number of tokens written so far, the same for all rows; the next token is written to slot % S.
   """
 
   layers: tuple[LayerCache, ...]
@@ -34,15 +35,20 @@ class KeyValueCache(NamedTuple):
   slot: Array
 
 
-# Router shift compares log-probabilities of the experts: of all of them together, or of each for itself.
+# Router shift compares these log-probabilities: a distribution over the experts, or one probability per expert.
 _ROUTER_LOG_PROB = {"softmax": functools.partial(jax.nn.log_softmax, axis=-1), "sigmoid": jax.nn.log_sigmoid}
 
-# Parameters that are used in float32 whatever the dtype of activations.
+# Parameters that are used in float32 for every dtype of activations.
 _FLOAT32 = re.compile("router|sinks|down_bias")
 
 
 def build_policy(config: TransformerConfig, layout: Layout | None = None) -> Policy:
-  """The model as functions. `layout` is the mesh it runs on; None for one device (and inside `jax.pmap`)."""
+  """The model as pure functions.
+
+  Args:
+    layout: the mesh that the functions run on; None for one device, and inside `jax.pmap`. The platform of its devices
+      decides `scan_layers=None` and `expert_backend="auto"`, so a program can be compiled for devices that are absent.
+  """
   config = dataclasses.replace(config, scan_layers=config.scans_layers(platform_of(layout)))
   transformer = functools.partial(Transformer, config, layout=layout)
 
@@ -82,21 +88,21 @@ def build_policy(config: TransformerConfig, layout: Layout | None = None) -> Pol
 
 
 def _add_router_bias(config: TransformerConfig, params: Params, step: Array) -> Params:
-  """step [L, E], the layers in order, goes to the runs of layers that are stacked together."""
+  """See `Policy.add_router_bias`. The rows of step [L, E] are split over the stacked runs of layers."""
   params, first = dict(params), 0
   for number, (is_moe, length) in enumerate(config.segments):
     if is_moe:
-      run = dict(params[f"layers_{number}"])
-      run["moe"] = run["moe"] | {"router_bias": run["moe"]["router_bias"] + step[first : first + length]}
-      params[f"layers_{number}"], first = run, first + length
+      layers = dict(params[f"layers_{number}"])
+      layers["moe"] = layers["moe"] | {"router_bias": layers["moe"]["router_bias"] + step[first : first + length]}
+      params[f"layers_{number}"], first = layers, first + length
   return params
 
 
 def _boxed_init(config: TransformerConfig, rng: Array):
-  """Parameters in flax boxes that carry the logical axis names. No mesh: shapes do not depend on it."""
-  one = jnp.zeros((1, 1), jnp.int32)
-  config = dataclasses.replace(config, scan_layers=True)  # the same parameters, and fewer programs to compile
-  return Transformer(config, probe=router_logits_probe).init(rng, one, one.astype(bool))["params"]
+  """Parameters in flax boxes with their logical axis names. Without a mesh, because shapes do not depend on it."""
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  config = dataclasses.replace(config, scan_layers=True)  # the parameters are the same, and it compiles faster
+  return Transformer(config, probe=router_logits_probe).init(rng, tokens, tokens.astype(bool))["params"]
 
 
 def param_shapes(config: TransformerConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
@@ -106,20 +112,20 @@ def param_shapes(config: TransformerConfig) -> dict[tuple[str, ...], jax.ShapeDt
 
 
 def _for_decode(config: TransformerConfig, params: Params, slots: int) -> dict[str, Any]:
-  """One tree per layer: slicing stacked layers inside the decode loop would copy them at every step.
+  """One tree per layer, because slicing stacked layers inside the decode loop copies them at every step.
 
-  What the layers use in the dtype of activations is cast to it here, once: decoding reads half the bytes in bfloat16.
-  "rotary" holds the cosines and sines of all positions: made in the loop, XLA computes them anew for every head.
+  Weights that layers use in the dtype of activations are cast to it once, here: in bfloat16 decoding reads half the
+  bytes. "rotary" has the cosines and sines of all positions; inside the loop XLA would recompute them for every head.
   """
   config, params = merge_lora(config, params)
   layers = []
   for number, (_, length) in enumerate(config.segments):
     stacked = params[f"layers_{number}"]
     layers += [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(length)]
-  rest = {name: value for name, value in params.items() if not name.startswith("layers_")}
+  others = {name: value for name, value in params.items() if not name.startswith("layers_")}
   cast = jax.tree_util.tree_map_with_path(
     lambda path, leaf: leaf if _FLOAT32.search(jax.tree_util.keystr(path)) else leaf.astype(config.dtype),
-    {"layers": layers, **rest},
+    {"layers": layers, **others},
   )
   return {**cast, "rotary": rotary_angles(config, jnp.arange(slots))}
 
@@ -134,7 +140,7 @@ def _init_cache(config: TransformerConfig, batch: int, slots: int) -> KeyValueCa
 
 
 def _prefill(config, layout, params, tokens, valid, cache: KeyValueCache, *, probe: Probe = router_logits_probe):
-  """Runs a block of tokens [B, T] through the layers, reading and extending the cache."""
+  """See `Policy.prefill`: runs tokens [B, T] through the layers, reading from and writing to the cache."""
   length = tokens.shape[1]
   offsets = jnp.cumsum(valid, axis=1)
   cos, sin = (
@@ -142,11 +148,11 @@ def _prefill(config, layout, params, tokens, valid, cache: KeyValueCache, *, pro
   )
   size = cache.valid.shape[1]
   first = cache.slot % size
-  remembered = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, first, axis=1)
+  cached = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, first, axis=1)
   slots, queries = jnp.arange(size), first + jnp.arange(length)
-  # One token sees all that is remembered: in a ring, what lies behind it is older too.
-  seen = remembered[:, None, :] & ((length == 1) | (slots <= queries[:, None]))
-  mask = seen | (slots == queries[:, None])
+  # A single token attends to all cached slots: in a ring, slots after its own are older too.
+  causal = cached[:, None, :] & ((length == 1) | (slots <= queries[:, None]))
+  mask = causal | (slots == queries[:, None])
   distance = (queries[:, None] - slots) % size if config.sliding_layers else None
   context = Context(cos, sin, mask, valid, distance, first)
 
@@ -160,12 +166,12 @@ def _prefill(config, layout, params, tokens, valid, cache: KeyValueCache, *, pro
     if config.is_moe_layer(number):
       probes.append(probed)
   hidden = RMSNorm(config.rms_norm_eps).apply({"params": params["final_norm"]}, x)
-  cache = KeyValueCache(tuple(layers), remembered, cache.position + offsets[:, -1], cache.slot + length)
+  cache = KeyValueCache(tuple(layers), cached, cache.position + offsets[:, -1], cache.slot + length)
   return hidden, jax.tree.map(lambda *layers: jnp.stack(layers), *probes), cache
 
 
 def _decode(config, layout, params, tokens, valid, cache: KeyValueCache, *, probe: Probe = router_logits_probe):
-  """One token [B] a row: a prefill of length 1."""
+  """See `Policy.decode`: a prefill of one token [B] per row."""
   hidden, probed, cache = _prefill(config, layout, params, tokens[:, None], valid[:, None], cache, probe=probe)
   return hidden[:, 0], jax.tree.map(lambda leaf: leaf[:, :, 0], probed), cache
 
@@ -187,17 +193,17 @@ def _insert(cache: KeyValueCache, rows: Array, prompts: KeyValueCache, sources: 
   slots = (cache.slot - length + jnp.arange(length)) % size
 
   def put(old: Array, new: Array, axis: int) -> Array:
-    # Two index arrays with slices between want their axes, rows and slots, to come first.
-    where = (rows[:, None], *[slice(None)] * (axis - 1), slots)
-    return old.at[where].set(jnp.moveaxis(new[sources], axis, 1), mode="drop")
+    # Indexing with two arrays and slices between them puts the arrays' axes (rows, slots) first.
+    index = (rows[:, None], *[slice(None)] * (axis - 1), slots)
+    return old.at[index].set(jnp.moveaxis(new[sources], axis, 1), mode="drop")
 
   def put_layer(old: LayerCache, new: LayerCache) -> LayerCache:
     return tuple(map(put, old, new, slot_axes(old)))
 
-  forgotten = cache.valid.at[rows].set(False, mode="drop")
+  cleared = cache.valid.at[rows].set(False, mode="drop")
   return KeyValueCache(
     layers=tuple(map(put_layer, cache.layers, prompts.layers)),
-    valid=forgotten.at[rows[:, None], slots].set(prompts.valid[sources], mode="drop"),
+    valid=cleared.at[rows[:, None], slots].set(prompts.valid[sources], mode="drop"),
     position=cache.position.at[rows].set(prompts.position[sources], mode="drop"),
     slot=cache.slot,
   )

@@ -1,4 +1,4 @@
-"""A dense checkpoint as a mixture of experts: copied experts behind a fresh router (arXiv 2212.05055)."""
+"""Upcycling (arXiv 2212.05055): turns a dense model into a mixture of copied experts with a new router."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from models.config import TransformerConfig
 from rspo_jax.types import Array, Params
 
-# The dense family -> the family of experts that has the same attention.
+# Dense family -> mixture-of-experts family with the same attention.
 FAMILY_OF = {"qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
 
 
@@ -24,25 +24,29 @@ def upcycle(
   noise: float = 0.0,
   router_std: float = 0.02,
 ) -> tuple[TransformerConfig, Params]:
-  """Every layer's MLP becomes `num_experts` copies of itself behind a router.
+  """Replaces the MLP of every layer by `num_experts` copies of it and a random router.
 
-  The chosen experts' weights sum to 1, so without noise the new model computes the same function as the dense one. The
-  copies part as soon as the router sends them different tokens. qwen2_moe always has a shared expert beside them: it
-  begins as another copy with a down projection of zeros, and so adds nothing at first.
+  The gates of the selected experts sum to 1, so without noise the mixture computes the dense model's function.
+  Copies diverge when the router sends them different tokens. qwen2_moe requires a shared expert: it is initialised as
+  another copy with a zero down projection, so its output is zero at first.
 
   Args:
-    config, params: of a dense model, family qwen2 or qwen3.
-    noise: standard deviation of what is added to the experts' matrices, as a share of each matrix's own.
+    config, params: of a dense model of family qwen2 or qwen3.
+    rng: for the router and the noise.
+    num_experts: >= 2. num_experts_per_tok: in [1, num_experts].
+    noise: standard deviation of Gaussian noise added to the experts' matrices, as a share of each matrix's own; >= 0.
     router_std: standard deviation of the router's weights.
   Returns:
-    the configuration and parameters of the mixture; parameters of the dense one are shared where they are the same.
+    The configuration and parameters of the mixture. Unchanged parameters are the arrays of the dense model.
   Raises:
-    ValueError: not a dense family, or fewer than two experts.
+    ValueError: another family, or fewer than two experts.
   """
   if config.model_type not in FAMILY_OF or not config.is_dense:
-    raise ValueError(f"model_type is {config.model_type!r}; only dense {' and '.join(FAMILY_OF)} can be upcycled.")
+    raise ValueError(
+      f"model_type is {config.model_type!r}; only dense {' and '.join(FAMILY_OF)} can be upcycled; pass such a model."
+    )
   if num_experts < 2:
-    raise ValueError(f"num_experts is {num_experts}; want at least 2.")
+    raise ValueError(f"num_experts is {num_experts}; want 2 or more.")
   shared = config.model_type == "qwen2"
   mixture = dataclasses.replace(
     config,
@@ -55,14 +59,14 @@ def upcycle(
     norm_topk_prob=True,
   )
 
-  def experts_of(run: str, dense: Mapping[str, Array]) -> dict[str, Any]:
-    key = jax.random.fold_in(rng, int(run.removeprefix("layers_")))
+  def copy_experts(segment: str, dense: Mapping[str, Array]) -> dict[str, Any]:
+    key = jax.random.fold_in(rng, int(segment.removeprefix("layers_")))
     moe: dict[str, Any] = {}
     for number, (name, matrix) in enumerate(sorted(dense.items())):
       copies = jnp.repeat(matrix, num_experts, axis=1)
       if noise:
-        draw = jax.random.normal(jax.random.fold_in(key, number), copies.shape, jnp.float32)
-        copies = copies + (noise * jnp.std(matrix, axis=(-2, -1), keepdims=True) * draw).astype(copies.dtype)
+        sample = jax.random.normal(jax.random.fold_in(key, number), copies.shape, jnp.float32)
+        copies = copies + (noise * jnp.std(matrix, axis=(-2, -1), keepdims=True) * sample).astype(copies.dtype)
       moe[name] = copies
     layers, _, width, _ = dense["gate"].shape
     router = jax.random.normal(jax.random.fold_in(key, len(dense)), (layers, width, num_experts), jnp.float32)
@@ -73,8 +77,7 @@ def upcycle(
       moe["shared_gate"] = jnp.zeros((layers, width, 1), dense["gate"].dtype)
     return moe
 
-  new = {
-    name: value | {"moe": experts_of(name, value["moe"])} if name.startswith("layers_") else value
+  return mixture, {
+    name: value | {"moe": copy_experts(name, value["moe"])} if name.startswith("layers_") else value
     for name, value in params.items()
   }
-  return mixture, new
