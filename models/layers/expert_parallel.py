@@ -1,4 +1,4 @@
-"""The experts of one layer on a mesh: every device runs the experts it holds on the tokens of its expert group."""
+"""Expert parallelism: every device runs its own experts on the tokens of all devices along the expert axis."""
 
 import functools
 
@@ -9,16 +9,16 @@ from models.layers.experts import Experts, platform_of, run_experts
 from rspo_jax.types import Array, Layout
 
 
-def choose(score: Array, k: int, layout: Layout | None) -> tuple[Array, Array]:
+def top_k(score: Array, k: int, layout: Layout | None) -> tuple[Array, Array]:
   """The k largest along the last axis of score [B, ..., N]: (values, index int32), each [B, ..., k], largest first.
 
-  Every device chooses for its own rows: left to itself, XLA gathers the scores of all rows on all devices.
+  Under shard_map, because XLA would otherwise gather the scores of all rows on all devices.
   """
-  largest = functools.partial(jax.lax.top_k, k=k)
+  local_top_k = functools.partial(jax.lax.top_k, k=k)
   if layout is None:
-    return largest(score)
+    return local_top_k(score)
   rows = layout.spec("batch", *[None] * (score.ndim - 1))
-  return jax.shard_map(largest, mesh=layout.mesh, in_specs=rows, out_specs=rows)(score)
+  return jax.shard_map(local_top_k, mesh=layout.mesh, in_specs=rows, out_specs=rows)(score)
 
 
 def run_sharded_experts(
@@ -33,8 +33,8 @@ def run_sharded_experts(
 ) -> Array:
   """`run_experts` for x [B, T, D], expert_index and gate [B, T, K], over the mesh of `layout` (None: one device).
 
-  Tokens are gathered along the expert axis, each device adds up what its own experts say, and the sums are scattered
-  back: dropless and exact, whatever the routing. Splitting the experts' inner width ("expert_mlp") adds one more sum.
+  Tokens are gathered along the expert axis, each device sums the outputs of its own experts, and the sums are
+  reduce-scattered: dropless and exact for every routing. Splitting the experts' inner width ("expert_mlp") adds a psum.
 
   Returns:
     [B, T, D] in x.dtype.
@@ -48,18 +48,19 @@ def run_sharded_experts(
   if layout is None:
     return run_flat(x, expert_index, gate, weights)
 
-  def used(axis: str | None) -> str | None:
-    """A collective over one device still costs a rendezvous."""
+  def split_axis(logical: str) -> str | None:
+    """The mesh axis of a logical axis; None if it has one device, where a collective would still cost a rendezvous."""
+    axis = layout.rules[logical]
     return axis if axis is not None and layout.mesh.shape[axis] > 1 else None
 
-  expert_axis, inner_axis = used(layout.rules["experts"]), used(layout.rules["expert_mlp"])
+  expert_axis, inner_axis = split_axis("experts"), split_axis("expert_mlp")
 
   def run_local(x, expert_index, gate, weights):
-    experts_here = weights.gate.shape[0]
+    local_experts = weights.gate.shape[0]
     if expert_axis is not None:
       x = jax.lax.all_gather(x, expert_axis, axis=0, tiled=True)
       gate, expert_index = _gather_pairs(gate, expert_index, expert_axis)
-      expert_index = expert_index - jax.lax.axis_index(expert_axis) * experts_here
+      expert_index = expert_index - jax.lax.axis_index(expert_axis) * local_experts
     y = run_flat(x, expert_index, gate, weights)
     if inner_axis is not None:
       y = jax.lax.psum(y, inner_axis)
@@ -68,14 +69,14 @@ def run_sharded_experts(
     return y
 
   rows = layout.spec("batch", None, None)
-  inward, outward = layout.spec("experts", None, "expert_mlp"), layout.spec("experts", "expert_mlp", None)
+  up, down = layout.spec("experts", None, "expert_mlp"), layout.spec("experts", "expert_mlp", None)
   bias = None if weights.gate_bias is None else layout.spec("experts", "expert_mlp")
-  # check_vma=False: the blocks backend has its own VJP, whose weight gradients are local; the transpose of shard_map
-  # then sums them over the axes the weights are not split on.
+  # check_vma=False: the custom VJP of the blocks backend returns local weight gradients, which the transpose of
+  # shard_map then sums over the mesh axes that do not split the weights.
   return jax.shard_map(
     run_local,
     mesh=layout.mesh,
-    in_specs=(rows, rows, rows, Experts(inward, inward, outward, bias, bias)),
+    in_specs=(rows, rows, rows, Experts(up, up, down, bias, bias)),
     out_specs=rows,
     check_vma=False,
   )(x, expert_index, gate, weights)

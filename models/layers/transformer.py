@@ -1,6 +1,6 @@
-"""The layers of a decoder: attention, then experts behind a float32 router, or a dense SwiGLU.
+"""The decoder: layers of attention followed by routed experts or a dense SwiGLU.
 
-Families differ by `TransformerConfig` alone; tests/families_test.py holds every one to transformers' own model.
+Families differ by `TransformerConfig` only; tests/models/families_test.py compares each with its model in transformers.
 """
 
 from typing import Any, NamedTuple
@@ -13,13 +13,18 @@ from models.config import TransformerConfig
 from models.layers.attention import Attention, Context, LayerCache, RMSNorm
 from models.layers.mlp import DenseMLP, MoE
 from models.layers.rotary import rotary_angles
-from models.layers.weights import matrix
+from models.layers.weights import matrix_init
 from rspo_jax.types import Array, Layout, Probe, Replay
 
 
 class LayerInputs(NamedTuple):
-  """What one layer alone gets. cache: see `models.layers.attention`; replay: leaves [B, T, K]; window: tokens that a
-  query sees, [] int32 where layers are scanned, None in a model without sliding windows."""
+  """Inputs of a single layer.
+
+  Attributes:
+    cache: see `models.layers.attention.LayerCache`; None without a cache.
+    probe_inputs: of this layer. replay: of this layer, leaves [B, T, K].
+    window: length of the sliding window in tokens, [] int32 in a scan; None in a model without sliding windows.
+  """
 
   cache: LayerCache | None = None
   probe_inputs: Any = None
@@ -28,7 +33,7 @@ class LayerInputs(NamedTuple):
 
 
 class Block(nn.Module):
-  """One layer. Carries x [B, T, D] and returns (its cache if it was given one, what the probe saw)."""
+  """One layer: x [B, T, D] -> (x [B, T, D], (updated cache or None, output of the probe or None))."""
 
   config: TransformerConfig
   is_moe: bool
@@ -53,7 +58,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """tokens [B, T] -> (hidden [B, T, D] after the last norm, what the probe saw, leaves [L, ...])."""
+  """tokens [B, T] -> (hidden [B, T, D] after the final norm, output of the probe with leaves [L, ...])."""
 
   config: TransformerConfig
   probe: Probe
@@ -62,27 +67,27 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, tokens: Array, valid: Array, probe_inputs: Any = None, replay: Replay | None = None):
     c = self.config
-    embedding = self.param("embedding", matrix(("vocab", "embed"), 1, 0), (c.vocab_size, c.hidden_size))
+    embedding = self.param("embedding", matrix_init(("vocab", "embed"), 1, 0), (c.vocab_size, c.hidden_size))
     if not c.tie_word_embeddings:
-      self.param("lm_head", matrix(("embed", "vocab"), 0, 1), (c.hidden_size, c.vocab_size))
+      self.param("lm_head", matrix_init(("embed", "vocab"), 0, 1), (c.hidden_size, c.vocab_size))
     x = embedding.astype(c.dtype)[tokens]
     length = tokens.shape[1]
     cos, sin = rotary_angles(c, jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0))
-    # A padded query looks at itself, so that its softmax has something to sum.
+    # A padded query attends to itself, so that its softmax is defined.
     mask = jnp.tril(valid[:, None, :] & jnp.ones((1, length, 1), bool)) | jnp.eye(length, dtype=bool)
     slots = jnp.arange(length)
     distance = slots[:, None] - slots if c.sliding_layers else None
     context = Context(cos, sin, mask, valid, distance)
 
-    # In a loop XLA cannot merge the recomputation with the forward pass; unrolled layers need a barrier against it.
+    # In a loop XLA cannot merge the recomputation with the forward pass; unrolled layers need a barrier for that.
     block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
-    seen, layer, first = [], 0, 0
+    outputs, layer, moe_layer = [], 0, 0
     for number, (is_moe, depth) in enumerate(c.segments):
       inputs = LayerInputs()
       if is_moe:
-        part = slice(first, first + depth)
+        part = slice(moe_layer, moe_layer + depth)
         inputs = jax.tree.map(lambda leaf, part=part: leaf[part], LayerInputs(None, probe_inputs, replay))
-        first += depth
+        moe_layer += depth
       if c.sliding_layers:
         windows = [c.window(i) or length for i in range(layer, layer + depth)]
         inputs = inputs._replace(window=jnp.array(windows, jnp.int32))
@@ -98,6 +103,6 @@ class Transformer(nn.Module):
       x, (_, probed) = layers(c, is_moe, self.probe, self.layout, name=f"layers_{number}")(x, context, inputs)
       layer += depth
       if is_moe:
-        seen.append(probed)
+        outputs.append(probed)
     hidden = RMSNorm(c.rms_norm_eps, name="final_norm")(x)
-    return hidden, jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
+    return hidden, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)

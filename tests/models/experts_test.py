@@ -282,5 +282,5 @@ def test_mistakes_are_told_with_their_cure():
     run_experts(x, expert_index, gate, tuple(w[0] for w in weights[:3]))
   with pytest.raises(ValueError, match=r"expert_index is \(4, 2\).*N = 8"):
     run_experts(x, expert_index[:4], gate[:4], weights)
-  with pytest.raises(ValueError, match=r"pairs over 2000 experts came at once.*Split the batch"):
+  with pytest.raises(ValueError, match=r"pairs over 2000 experts do not fit.*Split the batch"):
     jax.eval_shape(partial(order_by_expert, num_experts=2000), jax.ShapeDtypeStruct((2**20, 2), jnp.int32))
