@@ -2,9 +2,9 @@
 
 Token-expert pairs are sorted by expert, and each expert's range is processed in blocks of a fixed number of rows. An
 expert's weights are read once, nothing is padded in memory, and dropped pairs cost no work. The number of blocks
-depends on the routing, hence loops with a dynamic bound and a custom VJP. The inputs of the SwiGLU are saved for the gradient,
-2 F numbers per pair, which is 0.93 of the time of a train step that recomputes them. Setting `remat` in the model's
-configuration saves that memory.
+depends on the routing, hence loops with a dynamic bound and a custom VJP. The inputs of the SwiGLU are saved for the
+gradient, 2 F numbers per pair, which is 0.93 of the time of a train step that recomputes them. Setting `remat` in the
+model's configuration saves that memory.
 """
 
 from functools import partial
