@@ -58,13 +58,13 @@ def write(path):
 
 def test_every_example_is_completed_once_in_batches_of_equal_size():
   generate = Generator()
-  found = join(batches(generate))
+  completions = join(batches(generate))
   assert generate.calls == [(0, 3), (3, 3), (6, 3)]  # the last one is padded
-  assert len(found.texts) == 14 and found.success == 0.5
-  assert found.texts[::2] == tuple(str(e.gold) for e in EXAMPLES)
-  np.testing.assert_array_equal(found.success_by_problem, [[True, False]] * 7)
-  assert found.answers_by_problem[6] == ("7", 'line\u2028\n"é')
-  np.testing.assert_array_equal(found.tokens[-2:], [60, 61])
+  assert len(completions.texts) == 14 and completions.success == 0.5
+  assert completions.texts[::2] == tuple(str(e.gold) for e in EXAMPLES)
+  np.testing.assert_array_equal(completions.success_by_problem, [[True, False]] * 7)
+  assert completions.answers_by_problem[6] == ("7", 'line\u2028\n"é')
+  np.testing.assert_array_equal(completions.tokens[-2:], [60, 61])
 
 
 def test_without_examples_there_is_an_error():
