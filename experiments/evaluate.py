@@ -26,7 +26,7 @@ from experiments.setup import runtime
 from experiments.setup.benchmarks import Benchmark, make_benchmarks, programs, run
 from experiments.setup.build import Components, build
 from experiments.setup.command_line import run_app
-from experiments.setup.config_flags import read_config
+from experiments.setup.config_flags import plain_config, read_config
 from experiments.setup.data import make_tokenizer
 from experiments.setup.model_files import FREE_FIELDS, find_step, kind_of, load_model, read_model, saved_dtype
 from models.huggingface.config_json import raise_problems
@@ -40,7 +40,7 @@ from rspo_jax.run.workdir import claim_workdir, dump_json_atomic, lock_workdir, 
 from rspo_jax.types import Params
 
 # What completions depend on; all else of a config is about training.
-CLAIMED = ("seed", "model", "tokenizer", "sampling", "data", "reward", "evaluation", "runtime")
+CLAIMED = ("seed", "model", "tokenizer", "sampling", "engine", "data", "reward", "evaluation", "runtime")
 # What may change between starts: where things lie, and what is computed of the completions afterwards.
 FREE_KEYS = (
   "checkpoint.folder",
@@ -103,22 +103,22 @@ def evaluate(
   """
   workdir = Path(workdir)
   number = find_step(checkpoint, step)
-  parts = build(config, training=False)
+  components = build(config, training=False)
   with contextlib.ExitStack() as stack:
-    benchmarks = make_benchmarks(parts)
+    benchmarks = make_benchmarks(components)
     for reward in {id(benchmark.reward): benchmark.reward for benchmark in benchmarks}.values():
       stack.callback(close, reward)
     dtype = "bfloat16" if saved_dtype(checkpoint) == "bfloat16" else "float32"
-    params = load_model(checkpoint, parts.layout, dtype=dtype, step=number).params
+    params = load_model(checkpoint, components.layout, dtype=dtype, step=number).params
     identity = {"folder": str(checkpoint), "step": number, "parameters": digest(fingerprints(params))}
     if process_index() == 0:
       stack.callback(lock_workdir(workdir).close)
     _claim(workdir, config, identity, benchmarks)
-    for line in ("sampling programs to compile:", *programs(benchmarks)):
-      progress.print(line)
+    for program, users in programs(components, benchmarks):
+      progress.print(f"to compile: {program.name}: {', '.join(users)}")
     for benchmark in benchmarks:
       for mode in benchmark.options:
-        _draw(parts, params, benchmark, mode, workdir, progress)
+        _draw(components, params, benchmark, mode, workdir, progress)
   if process_index() != 0:
     return {}
   found = summarize(config, workdir, identity, benchmarks)
@@ -179,7 +179,7 @@ def _describe(benchmark: Benchmark) -> str:
 
 def _claim(workdir: Path, config: ExperimentConfig, identity: dict[str, Any], benchmarks: Sequence[Benchmark]) -> None:
   """Makes the workdir that of this evaluation, or refuses."""
-  settings = dataclasses.asdict(config)
+  settings = plain_config(config)
   problems = {
     benchmark.name: digest((example.prompt, example.gold) for example in benchmark.examples) for benchmark in benchmarks
   }
@@ -193,7 +193,7 @@ def _claim(workdir: Path, config: ExperimentConfig, identity: dict[str, Any], be
 
 
 def _draw(
-  parts: Components, params: Params, benchmark: Benchmark, mode: str, workdir: Path, progress: Progress
+  components: Components, params: Params, benchmark: Benchmark, mode: str, workdir: Path, progress: Progress
 ) -> None:
   """Draws the completions of a benchmark that are not in its file yet."""
   log = CompletionLog(
@@ -207,7 +207,7 @@ def _draw(
   log.done = int(multihost_utils.broadcast_one_to_all(np.int32(log.done)))
   total, right, seen = len(benchmark.examples), 0, 0
   progress.start(f"{benchmark.name}, {mode}", total, log.done)
-  for batch in run(parts, params, benchmark, mode, first=log.done):
+  for batch in run(components, params, benchmark, mode, first=log.done):
     log.append(batch)
     right, seen = right + int(batch.scores.success.sum()), seen + len(batch.texts)
     progress.update(log.done, {"reward/success": right / seen})

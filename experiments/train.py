@@ -1,11 +1,10 @@
-"""The main job. Warm start, then RL with router shift, with held-out evaluation before and after.
+"""The main job: warm start, then RL with router shift, with held-out evaluation before and after.
 
     python -m experiments.train --config=experiments/configs/countdown_tiny.py --workdir=runs/countdown_tiny
 
 The same command continues a run that was stopped, from its newest checkpoint and to the same numbers.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from absl import flags
 
 from experiments.config import ExperimentConfig
@@ -23,34 +23,35 @@ from experiments.reporting.progress import Progress
 from experiments.reporting.summary import summarize
 from experiments.reporting.summary_text import print_summary
 from experiments.setup import benchmarks, runtime
-from experiments.setup.benchmarks import make_benchmarks
-from experiments.setup.build import Components, build
+from experiments.setup.build import Components, build, build_collector, build_diagnostics, build_update
 from experiments.setup.command_line import run_app
-from experiments.setup.config_flags import read_config
+from experiments.setup.config_flags import plain_config, read_config
 from experiments.setup.model_files import initial_state
+from experiments.setup.optimizer import optimizers
 from experiments.setup.warm_start import build_warm_start
 from rspo_jax.evaluation.completion_log import Completions
 from rspo_jax.rewards import base
-from rspo_jax.rl_step import build_rl
+from rspo_jax.rl_programs import rl_programs
+from rspo_jax.rl_step import UpdateFunctions, rl_step
 from rspo_jax.rollout.collector import Collector
 from rspo_jax.run.checkpoint import Checkpoints
 from rspo_jax.run.host_state import abstract_bundle, bundle, unbundle
 from rspo_jax.run.metrics import MetricsWriter
 from rspo_jax.run.workdir import claim_workdir, dump_json_atomic
 from rspo_jax.training.state import abstract_state, restart_optimizer
-from rspo_jax.types import Params, TrainState
+from rspo_jax.types import Params, Program, TrainState
 
 # What may change between starts of one run: where and how often it writes, not what it computes.
 FREE_KEYS = (
   "checkpoint",
   "runtime.compilation_cache",
   "data.data_dir",
-  *(f"sampling.engine{which}" for which in ("", "_folder", "_timeout")),
+  *(f"engine.{name}" for name in ("urls", "folder", "timeout")),
 )
 
 
 class Stopped(Exception):
-  """SIGTERM came; everything is saved."""
+  """SIGTERM was received; everything is saved."""
 
 
 class Run:
@@ -60,10 +61,10 @@ class Run:
     state: the train state. seconds: wall time spent per phase, over all starts of the run.
   """
 
-  def __init__(self, parts: Components, rollouts: Collector, workdir: Path, progress: Progress):
-    self.parts, self.rollouts, self.workdir, self.progress = parts, rollouts, workdir, progress
-    self.config = parts.config
-    self.benchmarks = make_benchmarks(parts)
+  def __init__(self, components: Components, collector: Collector, workdir: Path, progress: Progress):
+    self.components, self.collector, self.workdir, self.progress = components, collector, workdir, progress
+    self.config = components.config
+    self.benchmarks = benchmarks.make_benchmarks(components)
     self.writer = MetricsWriter(workdir)
     self.checkpoints = Checkpoints(workdir, keep=self.config.checkpoint.keep)
     self.preemption = runtime.Preemption()
@@ -73,36 +74,36 @@ class Run:
   def save(self, phase: str, step: int, metrics: Mapping[str, float] | None = None) -> None:
     done = step + (self.config.warm_start.steps if phase == "rl" else 0)
     meta = {"phase": phase, "step": step, "data_position": step, "seed": self.config.seed, "seconds": self.seconds}
-    tree, size = bundle(self.state, self.rollouts.state(), self.parts.layout)
+    tree, size = bundle(self.state, self.collector.state(), self.components.layout)
     self.checkpoints.save(done, tree, meta | size, metrics)
 
   def restore(self, abstract_states: Mapping[str, TrainState]) -> tuple[str, int]:
-    """The phase and the steps done of it; ('', 0) for a fresh run. Forgets metrics written after the checkpoint.
+    """The phase and the steps done of it; ('', 0) for a new run. Drops metrics written after the checkpoint.
 
     Args:
-      abstract_states: per phase; what its optimizer keeps differs where RL freezes parameters.
+      abstract_states: per phase; optimizer states differ where RL freezes parameters.
     """
     restored = self.checkpoints.restore(
-      lambda meta: abstract_bundle(abstract_states[meta["phase"]], meta, self.parts.layout)
+      lambda meta: abstract_bundle(abstract_states[meta["phase"]], meta, self.components.layout)
     )
     if restored is None:
       self.writer.truncate("", 0)
       return "", 0
     phase, step = restored.meta["phase"], restored.meta["step"]
     self.state, carried = unbundle(restored.state, restored.meta)
-    self.rollouts.restore(carried)
+    self.collector.restore(carried)
     self.seconds = dict(restored.meta["seconds"])
     self.writer.truncate(phase, step)
     self.progress.print(f"continuing {self.workdir} after step {step} of {phase}")
     return phase, step
 
   def reference(self, done: int) -> Params | None:
-    """The parameters that RL began with, if the config holds the policy near them; kept beside the checkpoints.
+    """The parameters at the beginning of RL, for a KL term of the config; stored beside the checkpoints.
 
     Args:
-      done: RL steps taken; at 0 the present parameters are they.
+      done: RL steps taken; at 0 these are the present parameters.
     """
-    if not self.config.objective.kl_coefficient:
+    if not (self.config.update.kl_coefficient or self.config.rl.reward_kl_coefficient):
       return None
     with Checkpoints(self.workdir / "reference", keep=1) as kept:
       if done == 0:
@@ -112,12 +113,13 @@ class Run:
       restored = kept.restore(self.state.params)
     if restored is None:
       raise ValueError(
-        f"{self.workdir / 'reference'} is gone, and with it the policy that RL began with; start afresh."
+        f"{self.workdir / 'reference'} is missing, and with it the policy at the beginning of RL; start again in a new "
+        "workdir."
       )
     return restored.state
 
   def phase(self, name: str, step, done: int, total: int, evaluate_every: int = 0) -> None:
-    """Takes the steps of a phase that are left, saving and evaluating on the way."""
+    """Takes the remaining steps of a phase, with evaluations and checkpoints in between."""
     self.progress.start(name, total, done)
     for number in range(done, total):
       start = time.perf_counter()
@@ -138,9 +140,9 @@ class Run:
   def evaluate(self) -> tuple[dict[str, float], list[Completions]]:
     """Held-out metrics, and the sampled completions of every benchmark."""
     start = time.perf_counter()
-    found = benchmarks.evaluate(self.parts, self.state.params, self.benchmarks)
+    evaluated = benchmarks.evaluate(self.components, self.state.params, self.benchmarks)
     self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + time.perf_counter() - start
-    return found
+    return evaluated
 
   def write_evaluation(self, step: int, which: str) -> None:
     """Evaluates before or after RL, writes the metrics and the answers, and saves."""
@@ -153,7 +155,7 @@ class Run:
   def close(self) -> None:
     self.writer.close()
     self.checkpoints.close()
-    base.close(self.parts.reward)
+    base.close(self.components.reward)
 
 
 def peak_memory() -> dict[str, int]:
@@ -164,32 +166,41 @@ def peak_memory() -> dict[str, int]:
 
 def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[str, Any]:
   """Runs the experiment, or what is left of it; returns the summary that it writes to the workdir."""
-  claim_workdir(workdir, dataclasses.asdict(config), FREE_KEYS)
-  parts = build(config)
-  warm_start, rl = build_warm_start(parts), build_rl(parts)
-  run = Run(parts, rl.rollouts, workdir, progress)
-  for program in rl.rollouts.programs:
-    progress.print(f"continuous batching compiles: {program}")
+  claim_workdir(workdir, plain_config(config), FREE_KEYS)
+  components = build(config)
+  (warm_optimizer, warm_schedule), (optimizer, schedule) = optimizers(config).values()
+  warm_start = build_warm_start(components, warm_optimizer, warm_schedule)
+  collector, functions = build_collector(components), build_update(components, optimizer)
+  diagnose = build_diagnostics(components) if config.diagnostics.every else None
+  updates_per_step = config.rl.epochs * config.rl.minibatches
+  run = Run(components, collector, workdir, progress)
+
+  def take_rl_step(state: TrainState, number: int, reference: Params | None) -> tuple[TrainState, dict]:
+    due = diagnose if diagnose and (number + 1) % config.diagnostics.every == 0 else None
+    state, metrics = rl_step(state, number, collector=collector, functions=functions, reference=reference, diagnose=due)
+    return state, metrics | {"optimizer/learning_rate": schedule((number + 1) * updates_per_step - 1)}
+
+  for program in run_programs(components, optimizer, functions, collector):
+    progress.print(f"to compile: {program.name}")
   try:
     phase, done = run.restore(
       {
-        name: abstract_state(parts.policy, optimizer, parts.layout)
-        for name, optimizer in (("warm_start", warm_start.optimizer), ("rl", rl.optimizer))
+        "warm_start": abstract_state(components.policy, warm_optimizer, components.layout),
+        "rl": abstract_state(components.policy, optimizer, components.layout),
       }
     )
-
     if phase != "rl":
       if run.state is None:
-        run.state = initial_state(parts, warm_start.optimizer)
-      run.phase("warm_start", warm_start.step, done, config.warm_start.steps)
-      # RL begins with a fresh optimizer.
-      run.state = restart_optimizer(run.state, parts.policy, rl.optimizer, parts.layout)
+        run.state = initial_state(components, warm_optimizer)
+      run.phase("warm_start", warm_start, done, config.warm_start.steps)
+      # RL begins with a new optimizer state.
+      run.state = restart_optimizer(run.state, components.policy, optimizer, components.layout)
       run.write_evaluation(0, "before")
       done = 0
-    rl_step = functools.partial(rl.step, reference=run.reference(done))
-    run.phase("rl", rl_step, done, config.rl.steps, config.evaluation.every)
-    if done < config.rl.steps:
-      run.write_evaluation(config.rl.steps, "after")
+    step = functools.partial(take_rl_step, reference=run.reference(done))
+    run.phase("rl", step, done, config.steps, config.evaluation.every)
+    if done < config.steps:
+      run.write_evaluation(config.steps, "after")
     run.checkpoints.wait()
   finally:
     run.close()
@@ -198,6 +209,25 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
     dump_json_atomic(workdir / "summary.json", summary)
   write_report(workdir, summary)
   return summary
+
+
+def run_programs(
+  components: Components,
+  optimizer: optax.GradientTransformation,
+  functions: UpdateFunctions,
+  collector: Collector,
+) -> tuple[Program, ...]:
+  """What the RL steps of a run compile, from shapes alone."""
+  config = components.config
+  return rl_programs(
+    components.policy,
+    optimizer,
+    functions,
+    collector.sampler,
+    rows=config.collector.prompts * config.sampling.samples_per_prompt,
+    prompt_length=components.prompt_length,
+    versions=config.collector.carry_over > 0,
+  )
 
 
 def main() -> None:
@@ -209,7 +239,7 @@ def main() -> None:
       summary = train(config, workdir, progress)
       print_summary(progress, summary, workdir)
   except Stopped:
-    print(f"stopped as asked; the same command continues {workdir}")
+    print(f"stopped on SIGTERM; the same command continues {workdir}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from rspo_jax.mesh import make_layout
 from rspo_jax.objectives import (
   OBJECTIVES,
   MismatchOptions,
-  aggregate,
   cispo,
   gmpo,
   group_advantages,
@@ -18,7 +17,7 @@ from rspo_jax.objectives import (
   make_objective,
   policy_loss,
 )
-from rspo_jax.rollout import SamplingOptions, sample
+from rspo_jax.rollout import SamplingOptions, policy_from_forward, sample
 from rspo_jax.router import ShiftOptions, router_drift, router_log_shift
 from rspo_jax.training import UpdateOptions, init_state, jit_step, make_train_step, score
 from rspo_jax.types import Layout, Policy, Rollout, RoutingTrace, TrainBatch, TrainState
@@ -35,7 +34,6 @@ __all__ = [
   "TrainBatch",
   "TrainState",
   "UpdateOptions",
-  "aggregate",
   "cispo",
   "gmpo",
   "group_advantages",
@@ -46,6 +44,7 @@ __all__ = [
   "make_layout",
   "make_objective",
   "make_train_step",
+  "policy_from_forward",
   "policy_loss",
   "router_drift",
   "router_log_shift",

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from rspo_jax.types import Layout, Params, Policy
 
@@ -73,6 +73,8 @@ def param_shardings(policy: Policy, layout: Layout) -> Params:
       wrong.append(f"  {jax.tree_util.keystr(path)} {shape.shape} over {sharding.spec}")
     return sharding
 
+  if policy.logical_axes is None:
+    return jax.tree.map(lambda leaf: layout.sharding(), shapes)
   shardings = jax.tree_util.tree_map_with_path(shard, shapes, policy.logical_axes())
   if wrong:
     raise ValueError(
@@ -80,6 +82,31 @@ def param_shardings(policy: Policy, layout: Layout) -> Params:
       + "\n".join(wrong)
     )
   return shardings
+
+
+def abstract_params(policy: Policy, layout: Layout | None = None) -> Params:
+  """Shapes, dtypes and, on a mesh, shardings of the parameters, without creating them."""
+  shapes = jax.eval_shape(policy.init, jax.random.key(0))
+  if layout is None:
+    return shapes
+  return jax.tree.map(_with_sharding, shapes, param_shardings(policy, layout))
+
+
+def abstract_batch(batch: Any, layout: Layout | None = None) -> Any:
+  """Abstract arrays that lead with the batch axis, sharded as `put_batch` shards them."""
+  if layout is None:
+    return batch
+  return jax.tree.map(lambda leaf: _with_sharding(leaf, layout.sharding("batch", *(None,) * (leaf.ndim - 1))), batch)
+
+
+def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def platform(layout: Layout | None = None) -> str:
+  """The platform of the mesh's devices ("cpu", "gpu", "tpu"), of the default device without a mesh."""
+  device = jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]
+  return device.platform
 
 
 def put_batch(batch: Any, layout: Layout) -> Any:

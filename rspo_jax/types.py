@@ -1,11 +1,11 @@
-"""The records that pass between the floors, and the protocol a policy fills in.
+"""The records that pass between the subjects of the library, and the protocol that a policy fills in.
 
 Letters used in every shape of this project: P prompts, G samples of each, B = P * G rows (prompt-major), T tokens
 (left-padded prompt, then completion), L mixture-of-experts layers, E experts, K active experts, D width,
 V vocabulary, S cache slots.
 
-Alignment: "slot t" describes `tokens[:, t]`. Its log-probability and its routing both come from position t - 1, the
-position whose logits scored that token (`rspo_jax.router.trace.to_slots` and `to_positions` move between the two).
+Alignment: slot t describes `tokens[:, t]`. Its log-probability and its routing both come from position t - 1, the
+position whose logits scored that token (`rspo_jax.router.trace.to_slots` and `to_positions` convert between the two).
 """
 
 from collections.abc import Callable, Mapping
@@ -55,51 +55,82 @@ def router_logits_probe(router: RouterOutput, probe_inputs: Any) -> Array:
   return router.logits
 
 
+def _log_softmax(logits: Array) -> Array:
+  return jax.nn.log_softmax(logits, axis=-1)
+
+
 class Policy(NamedTuple):
   """A mixture-of-experts language model as pure functions. Anything that fills this in can be sampled and trained.
 
+  The first seven fields are required. Without the functions of the cache, sampling runs `forward` over the whole row
+  for every token (`rspo_jax.rollout.cacheless`), which is correct and slow; `policy_from_forward` there makes a policy
+  of a forward function alone.
+
   Attributes:
     init: key -> params.
-    logical_axes: () -> a pytree like params whose leaves are tuples of logical axis names, one per array axis.
     forward: (params, tokens [B, T] int32, valid [B, T] bool, *, probe, probe_inputs, replay) -> (hidden [B, T, D],
       probed). `probe` defaults to `router_logits_probe`; every leaf of `probe_inputs` and of `probed` leads with L.
       `replay`, a `Replay`, pins the experts of every position (and their gates, if it holds them).
     unembed: (params, hidden [..., D]) -> logits [..., V] float32.
-    for_decode: (params, slots) -> the same weights laid out for `decode` and `prefill`, for caches of that many slots;
-      call it once, outside the decode loop.
+    num_moe_layers, num_experts, experts_per_token, vocab_size: L, E, K, V.
+    logical_axes: () -> a pytree like params whose leaves are tuples with one logical axis name, or None, per array
+      axis. The legal names are the keys of `rspo_jax.mesh.RULES`: "batch", "layers", "embed", "vocab", "heads",
+      "kv_heads", "head_dim", "mlp", "experts", "expert_mlp", "norm". None instead of the function: every parameter is
+      replicated.
+    router_log_prob: router logits [..., E] -> log-probabilities [..., E] float32 of the router, as router shift
+      compares them (softmax over all experts for softmax routers, log-sigmoid for sigmoid routers).
+    for_decode: (params, slots) -> the same weights laid out for `decode` and `prefill`, for caches with that many
+      slots; called once, outside the decode loop.
     init_cache: (batch, slots) -> an empty cache for that many rows and tokens.
     prefill: (decode params, tokens [B, T], valid [B, T], cache, *, probe) -> (hidden [B, T, D], probed, cache).
     decode: (decode params, tokens [B], valid [B], cache, *, probe) -> (hidden [B, D], probed, cache). A row whose
-      `valid` is False is computed but neither routed to experts nor remembered. The cache is a ring: after its last
-      slot the first is written again, so a row must begin no more than all slots ago.
-    grow: (cache, slots) -> the same with room for so many tokens, at least as many as before. No slot of it may have
+      `valid` is False is computed, but neither routed to experts nor remembered. The cache is a ring: after its last
+      slot the first one is overwritten, so a row may be at most one turn old.
+    grow: (cache, slots) -> the same cache with room for that many tokens, at least as many as before. No slot may have
       been written twice.
-    insert: (cache, rows [n] int32, prompts, sources [n] int32) -> cache whose rows `rows` have forgotten what they held
-      and remember rows `sources` of the cache `prompts` instead, which was filled to its last slot: as if those tokens
-      had come just before the next one. A row beyond the batch is left out.
-    router_log_prob: router logits [..., E] -> log-probabilities [..., E] float32 of the router, as router shift
-      compares them (softmax over all experts for softmax routers, log-sigmoid for sigmoid routers).
-    num_moe_layers, num_experts, experts_per_token, vocab_size: L, E, K, V.
+    insert: (cache, rows [n] int32, prompts, sources [n] int32) -> the cache, in which rows `rows` hold what rows
+      `sources` of the cache `prompts` (filled to its last slot) hold, as if those tokens had come just before the next
+      one. A row index beyond the batch is skipped.
     add_router_bias: (params, [L, E] float32) -> params with that added to the bias on each expert's choice; None for a
       model without such a bias.
   """
 
   init: Callable[[Array], Params]
-  logical_axes: Callable[[], Any]
   forward: Callable[..., tuple[Array, Any]]
   unembed: Callable[[Params, Array], Array]
-  for_decode: Callable[[Params, int], Any]
-  init_cache: Callable[[int, int], Cache]
-  prefill: Callable[..., tuple[Array, Any, Cache]]
-  decode: Callable[..., tuple[Array, Any, Cache]]
-  grow: Callable[[Cache, int], Cache]
-  insert: Callable[..., Cache]
-  router_log_prob: Callable[[Array], Array]
   num_moe_layers: int
   num_experts: int
   experts_per_token: int
   vocab_size: int
+  logical_axes: Callable[[], Any] | None = None
+  router_log_prob: Callable[[Array], Array] = _log_softmax
+  for_decode: Callable[[Params, int], Any] | None = None
+  init_cache: Callable[[int, int], Cache] | None = None
+  prefill: Callable[..., tuple[Array, Any, Cache]] | None = None
+  decode: Callable[..., tuple[Array, Any, Cache]] | None = None
+  grow: Callable[[Cache, int], Cache] | None = None
+  insert: Callable[..., Cache] | None = None
   add_router_bias: Callable[[Params, Array], Params] | None = None
+
+
+class Program(NamedTuple):
+  """A function that a run compiles. What is printed before compilation, a planner and the run itself use one list.
+
+  Attributes:
+    name: for people, unique within a run.
+    function: jitted; its shardings and donations are bound.
+    arguments: abstract (`jax.ShapeDtypeStruct` with shardings where a mesh is used; static Python values as they are).
+    keywords: keyword arguments, likewise.
+  """
+
+  name: str
+  function: Callable[..., Any]
+  arguments: tuple[Any, ...]
+  keywords: Mapping[str, Any] = {}
+
+  def lower(self) -> Any:
+    """The program as `jax.stages.Lowered`: `.compile()` gives memory, operations and collectives."""
+    return self.function.lower(*self.arguments, **self.keywords)
 
 
 class Layout(NamedTuple):

@@ -13,12 +13,13 @@ from experiments.config import (
   ExperimentConfig,
   OptimizerConfig,
   RewardConfig,
-  RLConfig,
-  SamplingConfig,
   WarmStartConfig,
 )
 from experiments.setup.config_flags import config_dict
 from models.config import tiny_moe
+from rspo_jax.rl_step import RLOptions
+from rspo_jax.rollout import SamplingOptions
+from rspo_jax.rollout.collector import CollectorOptions
 
 
 def get_config():
@@ -30,19 +31,16 @@ def get_config():
         options={"numbers": 3, "high": 20, "target_high": 60, "operators": "+-", "train": 4096, "test": 1024, "seed": 0}
       ),
       reward=RewardConfig(options={"format_reward": 0.1}),
-      sampling=SamplingConfig(max_new_tokens=14),
+      sampling=SamplingOptions(max_new_tokens=14, samples_per_prompt=8),
       warm_start=WarmStartConfig(
         steps=130,
         batch_size=128,
         optimizer=OptimizerConfig(learning_rate=4e-3, final_fraction=0.1),
       ),
-      rl=RLConfig(
-        steps=400,
-        prompts=64,
-        samples_per_prompt=8,
-        minibatches=4,
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=30, final_fraction=0.1),
-      ),
+      steps=400,
+      collector=CollectorOptions(prompts=64),
+      rl=RLOptions(minibatches=4),
+      optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=30, final_fraction=0.1),
       evaluation=EvaluationConfig(batch_problems=64),
       checkpoint=CheckpointConfig(every=100),
     )

@@ -18,9 +18,9 @@ from experiments.config import (
   EvaluationConfig,
   ExperimentConfig,
   RewardConfig,
-  SamplingConfig,
 )
 from experiments.setup.config_flags import config_dict
+from rspo_jax.rollout import SamplingOptions
 
 ASK = "{%s}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
@@ -54,7 +54,7 @@ def get_config(names: str = DEFAULT):
     seed=0,
     model=None,  # the checkpoint's
     data=DataConfig("files", data_dir="../shared/data"),
-    sampling=SamplingConfig(max_new_tokens=3072, rows=256),
+    sampling=SamplingOptions(max_new_tokens=3072, rows=256),
     evaluation=EvaluationConfig(benchmarks={name: BENCHMARKS[name] for name in wanted}, batch_problems=64),
   )
   given = config_dict(config)

@@ -12,15 +12,16 @@ from experiments.config import (
   DataConfig,
   EvaluationConfig,
   ExperimentConfig,
-  ObjectiveConfig,
   OptimizerConfig,
   RewardConfig,
-  RLConfig,
-  SamplingConfig,
   WarmStartConfig,
 )
 from experiments.setup.config_flags import config_dict
 from models.config import tiny_moe
+from rspo_jax.rl_step import RLOptions
+from rspo_jax.rollout import SamplingOptions
+from rspo_jax.rollout.collector import CollectorOptions
+from rspo_jax.training import UpdateOptions
 
 
 def get_config():
@@ -42,22 +43,18 @@ def get_config():
         },
       ),
       reward=RewardConfig(name="knights", options={"format_reward": 0.1}),
-      sampling=SamplingConfig(max_new_tokens=8),
+      sampling=SamplingOptions(max_new_tokens=8, samples_per_prompt=8),
       # A problem has one right answer and eight samples soon agree on one: entropy and fresh groups keep RL learning.
-      objective=ObjectiveConfig(entropy_coefficient=0.2),
+      update=UpdateOptions(entropy_coefficient=0.2),
       warm_start=WarmStartConfig(
         steps=130,
         batch_size=128,
         optimizer=OptimizerConfig(learning_rate=4e-3, final_fraction=0.1),
       ),
-      rl=RLConfig(
-        steps=400,
-        prompts=64,
-        samples_per_prompt=8,
-        minibatches=4,
-        dynamic_sampling_rounds=8,
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=30, final_fraction=0.1),
-      ),
+      steps=400,
+      collector=CollectorOptions(prompts=64, dynamic_sampling_rounds=8),
+      rl=RLOptions(minibatches=4),
+      optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=30, final_fraction=0.1),
       evaluation=EvaluationConfig(batch_problems=64),
       checkpoint=CheckpointConfig(every=100),
     )

@@ -18,12 +18,13 @@ from experiments.config import (
   ExperimentConfig,
   OptimizerConfig,
   RewardConfig,
-  RLConfig,
-  SamplingConfig,
 )
 from experiments.setup.config_flags import config_dict
 from experiments.setup.model_files import read_model
 from models.config import tiny_moe
+from rspo_jax.rl_step import RLOptions
+from rspo_jax.rollout import SamplingOptions
+from rspo_jax.rollout.collector import CollectorOptions
 
 FILES = {
   "train": "gsm8k_train.jsonl",
@@ -47,15 +48,11 @@ def checkpoint(folder: str) -> ExperimentConfig:
     tokenizer=folder,
     data=DataConfig(name="files", options=FILES, chat=True, max_prompt_tokens=256),
     reward=RewardConfig(name="math"),
-    sampling=SamplingConfig(max_new_tokens=1024),
-    rl=RLConfig(
-      steps=200,
-      prompts=64,
-      samples_per_prompt=8,
-      minibatches=4,
-      overlong_buffer=128,
-      optimizer=OptimizerConfig(learning_rate=1e-6, warmup_steps=20),
-    ),
+    sampling=SamplingOptions(max_new_tokens=1024, samples_per_prompt=8),
+    steps=200,
+    collector=CollectorOptions(prompts=64, overlong_buffer=128),
+    rl=RLOptions(minibatches=4),
+    optimizer=OptimizerConfig(learning_rate=1e-6, warmup_steps=20),
     evaluation=EvaluationConfig(every=20, problems=512, samples=1, batch_problems=64),
     checkpoint=CheckpointConfig(every=20),
   )
@@ -76,8 +73,11 @@ def tiny() -> ExperimentConfig:
     tokenizer="bytes",
     data=DataConfig(name="files", options=FILES, max_prompt_tokens=256),
     reward=RewardConfig(name="math"),
-    sampling=SamplingConfig(max_new_tokens=16),
-    rl=RLConfig(steps=2, prompts=8, samples_per_prompt=4, minibatches=2, optimizer=OptimizerConfig(warmup_steps=1)),
+    sampling=SamplingOptions(max_new_tokens=16, samples_per_prompt=4),
+    steps=2,
+    collector=CollectorOptions(prompts=8),
+    rl=RLOptions(minibatches=2),
+    optimizer=OptimizerConfig(warmup_steps=1),
     evaluation=EvaluationConfig(problems=8, samples=2, batch_problems=8),
     checkpoint=CheckpointConfig(every=50),
   )

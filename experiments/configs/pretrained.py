@@ -14,11 +14,12 @@ from experiments.config import (
   ExperimentConfig,
   OptimizerConfig,
   RewardConfig,
-  RLConfig,
-  SamplingConfig,
 )
 from experiments.setup.config_flags import config_dict
 from experiments.setup.model_files import kind_of, read_model
+from rspo_jax.rl_step import RLOptions
+from rspo_jax.rollout import SamplingOptions
+from rspo_jax.rollout.collector import CollectorOptions
 
 
 def get_config(folder: str = ""):
@@ -34,14 +35,11 @@ def get_config(folder: str = ""):
         options={"numbers": 3, "high": 20, "target_high": 60, "operators": "+-", "train": 4096, "test": 256, "seed": 0}
       ),
       reward=RewardConfig(options={"format_reward": 0.1}),
-      sampling=SamplingConfig(max_new_tokens=32),
-      rl=RLConfig(
-        steps=200,
-        prompts=32,
-        samples_per_prompt=8,
-        minibatches=4,
-        optimizer=OptimizerConfig(learning_rate=1e-6, warmup_steps=20),
-      ),
+      sampling=SamplingOptions(max_new_tokens=32, samples_per_prompt=8),
+      steps=200,
+      collector=CollectorOptions(prompts=32),
+      rl=RLOptions(minibatches=4),
+      optimizer=OptimizerConfig(learning_rate=1e-6, warmup_steps=20),
       evaluation=EvaluationConfig(batch_problems=64),
       checkpoint=CheckpointConfig(every=50),
     )

@@ -60,9 +60,9 @@ def summarize(
     },
     "rl": {
       "steps": done["rl"],
-      "of": config.rl.steps,
-      "prompts": config.rl.prompts,
-      "samples_per_prompt": config.rl.samples_per_prompt,
+      "of": config.steps,
+      "prompts": config.collector.prompts,
+      "samples_per_prompt": config.sampling.samples_per_prompt,
     },
     "updates_skipped": _finite(skipped),
     "parameters": _parameter_count(config),
@@ -121,7 +121,7 @@ def _temperature(config: ExperimentConfig) -> float | None:
 
 def _objective_name(config: ExperimentConfig) -> str:
   name = config.objective.name
-  if not config.router.shift:
+  if config.shift is None:
     return name.upper()
   return "RSPO (GMPO + router shift)" if name == "gmpo" else f"{name.upper()} + router shift"
 

@@ -1,4 +1,4 @@
-"""The benchmarks of a config, and their completions under a policy: in training as in `experiments.evaluate`."""
+"""Benchmarks of a config, and their completions under a policy: in training and in `experiments.evaluate`."""
 
 import dataclasses
 import json
@@ -7,16 +7,19 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from experiments.config import EvaluationConfig, RewardConfig
 from experiments.setup.build import EVALUATION, Components, longest_prompt
 from experiments.setup.data import read_data
-from rspo_jax import mesh
 from rspo_jax.data.examples import Example
 from rspo_jax.evaluation.completion_log import Completions, complete_in_batches, join
-from rspo_jax.rewards.table import Reward, make_reward
-from rspo_jax.rollout.sampling import SamplingOptions
-from rspo_jax.types import Array, Params
+from rspo_jax.rewards.base import Reward
+from rspo_jax.rewards.table import make_reward
+from rspo_jax.rollout.completions import new_completions
+from rspo_jax.rollout.samplers import Sampler
+from rspo_jax.rollout.token_sampling import SamplingOptions
+from rspo_jax.types import Array, Params, Program
 
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
 
@@ -49,7 +52,7 @@ class Benchmark(NamedTuple):
     return self.name in self.settings.benchmarks
 
 
-def make_benchmarks(parts: Components) -> tuple[Benchmark, ...]:
+def make_benchmarks(components: Components) -> tuple[Benchmark, ...]:
   """Reads `config.evaluation.benchmarks`; without any, takes the test split of `config.data`.
 
   Prompts of a named benchmark are padded to a power of two, so that benchmarks share programs.
@@ -57,57 +60,70 @@ def make_benchmarks(parts: Components) -> tuple[Benchmark, ...]:
   Raises:
     ValueError: a benchmark without problems or whose data cannot be read; names it.
   """
-  config = parts.config
-  rewards = {_key_of(config.reward): parts.reward} if parts.reward else {}
+  config = components.config
+  rewards = {_key_of(config.reward): components.reward} if components.reward else {}
 
-  def reward_of(wanted: RewardConfig) -> Reward:
-    """One for equal settings: a reward may have processes of its own."""
-    if _key_of(wanted) not in rewards:
-      rewards[_key_of(wanted)] = make_reward(wanted.name, **wanted.options)
-    return rewards[_key_of(wanted)]
+  def reward_of(spec: RewardConfig) -> Reward:
+    """One reward for equal settings: a reward may have processes of its own."""
+    if _key_of(spec) not in rewards:
+      rewards[_key_of(spec)] = make_reward(spec.name, **spec.options)
+    return rewards[_key_of(spec)]
 
   def make(name, group, splits, reward, settings, prompt_length, key) -> Benchmark:
     if "test" not in splits:
       raise ValueError(f"the data of benchmark {name} has no test split, only {', '.join(splits)}; give it one.")
     available = splits["test"].examples
     examples = available[: settings.problems or None]
-    shards = parts.layout.batch_shards
-    options = {"sampled": parts.sampling_options(settings.samples, **_changed(settings))}
+    shards = components.layout.batch_shards
+    sampled = components.sampling_options(samples_per_prompt=settings.samples, **_changed(settings))
+    options = {"sampled": sampled}
     if settings.greedy:
-      options["greedy"] = parts.sampling_options(1, **_changed(settings) | GREEDY)
+      options["greedy"] = dataclasses.replace(sampled, samples_per_prompt=1, **GREEDY)
     batch_problems = min(settings.batch_problems, -(-len(examples) // shards) * shards)
-    length = prompt_length or 1 << (longest_prompt(examples, parts.tokenizer) - 1).bit_length()
+    length = prompt_length or 1 << (longest_prompt(examples, components.tokenizer) - 1).bit_length()
     return Benchmark(name, group, examples, len(available), reward, settings, options, length, batch_problems, key)
 
-  key = parts.key(EVALUATION)
+  key = components.key(EVALUATION)
   if not config.evaluation.benchmarks:
-    return (make(config.data.name, "average", parts.splits, parts.reward, config.evaluation, parts.prompt_length, key),)
-  made = []
-  for name, wanted in config.evaluation.benchmarks.items():
-    inherited = {key: getattr(wanted.data, key) or getattr(config.data, key) for key in ("data_dir", "chat", "system")}
-    data = dataclasses.replace(wanted.data, **inherited)
+    splits, reward, length = components.splits, components.reward, components.prompt_length
+    return (make(config.data.name, "average", splits, reward, config.evaluation, length, key),)
+  benchmarks = []
+  for name, spec in config.evaluation.benchmarks.items():
+    inherited = {key: getattr(spec.data, key) or getattr(config.data, key) for key in ("data_dir", "chat", "system")}
+    data = dataclasses.replace(spec.data, **inherited)
     try:
-      splits, reward = read_data(data, parts.tokenizer), reward_of(wanted.reward)
+      splits, reward = read_data(data, components.tokenizer), reward_of(spec.reward)
     except (ValueError, TypeError, OSError) as error:
       raise ValueError(f"config.evaluation.benchmarks.{name} cannot be made: {error}") from error
     own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    made.append(make(name, wanted.group, splits, reward, config.evaluation.of(wanted), 0, own_key))
-  return tuple(made)
+    benchmarks.append(make(name, spec.group, splits, reward, config.evaluation.of(spec), 0, own_key))
+  return tuple(benchmarks)
 
 
-def run(parts: Components, params: Params, benchmark: Benchmark, mode: str, first: int = 0) -> Iterator[Completions]:
-  """Batches of completions, judged.
+def sampler_of(components: Components, benchmark: Benchmark, mode: str) -> Sampler:
+  """What completes a benchmark; shared by benchmarks with the same options and sizes."""
+  return components.sampler(benchmark.options[mode], benchmark.batch_problems, benchmark.prompt_length)
+
+
+def run(
+  components: Components, params: Params, benchmark: Benchmark, mode: str, first: int = 0
+) -> Iterator[Completions]:
+  """Batches of completions with their rewards.
 
   Args:
     mode: "sampled" or "greedy". first: problems that are done already.
   """
-  options = benchmark.options[mode]
+  options, tokenizer = benchmark.options[mode], components.tokenizer
+  sampler = sampler_of(components, benchmark, mode)
 
   def generate(batch: Sequence[Example], start: int):
-    rollout, texts, tokens = parts.generate(
-      params, options, benchmark.key, batch, start, length=benchmark.prompt_length
-    )
-    return texts, tokens, mesh.fetch(rollout.finished)
+    prompts = [np.array(tokenizer.encode(example.prompt), np.int32) for example in batch]
+    samples = options.samples_per_prompt
+    queue = new_completions(prompts, samples, first=start * samples, limits=options.max_new_tokens)
+    completions = sampler.draw(params, queue, benchmark.key)
+    texts = [tokenizer.decode(completion.tokens.tolist()) for completion in completions]
+    lengths = np.array([len(completion.tokens) for completion in completions])
+    return texts, lengths, np.array([completion.finished for completion in completions], bool)
 
   return complete_in_batches(
     generate,
@@ -120,45 +136,41 @@ def run(parts: Components, params: Params, benchmark: Benchmark, mode: str, firs
 
 
 def evaluate(
-  parts: Components, params: Params, benchmarks: Sequence[Benchmark]
+  components: Components, params: Params, benchmarks: Sequence[Benchmark]
 ) -> tuple[dict[str, float], list[Completions]]:
   """The metrics of an evaluation during training, and the sampled completions of every benchmark.
 
   "eval/success", "eval/greedy_success" and "eval/format" are unweighted means over the benchmarks; named benchmarks
   have "eval/<name>/avg" and "eval/<name>/greedy" as well.
   """
-  found: dict[str, list[float]] = {}
+  means: dict[str, list[float]] = {}
   metrics, sampled = {}, []
   for benchmark in benchmarks:
-    by_mode = {mode: join(run(parts, params, benchmark, mode)) for mode in benchmark.options}
+    by_mode = {mode: join(run(components, params, benchmark, mode)) for mode in benchmark.options}
     sampled.append(by_mode["sampled"])
-    found.setdefault("eval/success", []).append(by_mode["sampled"].success)
-    found.setdefault("eval/format", []).append(float(by_mode["sampled"].scores.format.mean()))
+    means.setdefault("eval/success", []).append(by_mode["sampled"].success)
+    means.setdefault("eval/format", []).append(float(by_mode["sampled"].scores.format.mean()))
     if "greedy" in by_mode:
-      found.setdefault("eval/greedy_success", []).append(by_mode["greedy"].success)
+      means.setdefault("eval/greedy_success", []).append(by_mode["greedy"].success)
     if benchmark.named:
-      named = {"sampled": "avg", "greedy": "greedy"}
-      metrics |= {f"eval/{benchmark.name}/{named[mode]}": of_mode.success for mode, of_mode in by_mode.items()}
-  return {name: sum(values) / len(values) for name, values in found.items()} | metrics, sampled
+      suffix = {"sampled": "avg", "greedy": "greedy"}
+      metrics |= {f"eval/{benchmark.name}/{suffix[mode]}": of_mode.success for mode, of_mode in by_mode.items()}
+  return {name: sum(values) / len(values) for name, values in means.items()} | metrics, sampled
 
 
-def programs(benchmarks: Sequence[Benchmark]) -> list[str]:
-  """What will be compiled, a line each, with who uses it. One sampler for each different line."""
-  users: dict[str, list[str]] = {}
+def programs(components: Components, benchmarks: Sequence[Benchmark]) -> list[tuple[Program, list[str]]]:
+  """What an evaluation compiles, each program once, with the benchmarks that use it."""
+  users: dict[str, tuple[Program, list[str]]] = {}
   for benchmark in benchmarks:
-    for options in benchmark.options.values():
-      drawn = f"T = {options.temperature:g}" if options.temperature else "greedy"
-      line = (
-        f"{benchmark.batch_problems} prompts of up to {benchmark.prompt_length} tokens, {options.samples_per_prompt} "
-        f"of up to {options.max_new_tokens} tokens each, {drawn}"
-      )
-      users.setdefault(line, []).append(benchmark.name)
-  return [f"{line}: {', '.join(names)}" for line, names in users.items()]
+    for mode in benchmark.options:
+      for program in sampler_of(components, benchmark, mode).programs:
+        users.setdefault(program.name, (program, []))[1].append(benchmark.name)
+  return list(users.values())
 
 
 def _changed(settings: EvaluationConfig) -> dict[str, float]:
-  wanted = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
-  return {name: value for name, value in wanted.items() if value is not None}
+  own = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
+  return {name: value for name, value in own.items() if value is not None}
 
 
 def _key_of(reward: RewardConfig) -> str:

@@ -1,11 +1,13 @@
-"""How a command reads its flags and tells of a mistake: the config file, the workdir, one line for an error."""
+"""Flags of a command and the report of a mistake: the config file, the workdir, one line for an error."""
 
+import re
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments.setup.config_flags import RENAMED
 from rspo_jax.rollout.remote_engine import EngineError
 
 
@@ -16,7 +18,7 @@ def run_app(main: Callable[[], None], workdir_help: str) -> None:
     main: called with the flags parsed; a ValueError or EngineError it raises is shown as one message without a trace.
     workdir_help: what --workdir is.
   """
-  config_flags.DEFINE_config_file("config", None, "Config file; its fields are flags: --config.rl.steps=10.")
+  config_flags.DEFINE_config_file("config", None, "Config file; its fields are flags: --config.steps=10.")
   flags.DEFINE_string("workdir", None, workdir_help)
   flags.mark_flags_as_required(["config", "workdir"])
   logging.set_verbosity(logging.WARNING)
@@ -27,7 +29,7 @@ def run_app(main: Callable[[], None], workdir_help: str) -> None:
     try:
       main()
     except (ValueError, EngineError) as error:
-      # A user's mistake, or an engine that is gone: the message says what to do, and the trace would hide it
+      # A user's mistake, or an engine that cannot be reached: the message gives the cure, and a trace would hide it
       # (--verbosity=1 shows it).
       logging.debug("", exc_info=True)
       sys.exit(f"error: {error}")
@@ -46,5 +48,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()} (--help lists the flags)")
   except (AttributeError, KeyError, TypeError, OSError) as error:
     given = [arg for arg in argv if arg.startswith(("--config", "-config"))]
+    for arg in given:
+      old = re.match(r"-*config\.([\w.]+)", arg)
+      if old and old[1] in RENAMED:
+        sys.exit(f"error: config.{old[1]} is now config.{RENAMED[old[1]]}.")
     reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split()).strip("\"'")
     sys.exit(f"error: no such setting or file in {' '.join(given)} ({reason})")

@@ -11,9 +11,9 @@ import ml_collections
 import numpy as np
 import optax
 
-from experiments.setup.build import INIT, Components
+from experiments.setup.build import INIT, Components, make_policy
 from experiments.setup.config_flags import read_config, read_model_config
-from experiments.setup.optimizer import make_optimizer, rl_optimizer, untrained_patterns
+from experiments.setup.optimizer import optimizers
 from models import lora
 from models.config import TransformerConfig
 from models.huggingface import checkpoint
@@ -53,7 +53,13 @@ def read_model(folder: str | Path, **ours: Any) -> TransformerConfig:
   """The configuration alone. ours: fields of it to set."""
   if kind_of(folder) == "hf":
     return checkpoint.read_config(folder, **ours)
-  config = read_model_config(read_json(Path(folder) / "config.json")["model"])
+  settings = read_json(Path(folder) / "config.json")
+  if settings["model"] is None:
+    raise ValueError(
+      f"{folder} is a run whose policy is {settings['policy']['name']}; commands read models of ours only. Such a "
+      "policy is evaluated during training (config.evaluation)."
+    )
+  config = read_model_config(settings["model"])
   return dataclasses.replace(config, **ours)
 
 
@@ -131,31 +137,36 @@ def find_step(folder: str | Path, wanted: str) -> int | None:
   return found
 
 
-def initial_state(parts: Components, optimizer: optax.GradientTransformation) -> TrainState:
-  """The state that a run begins with: `config.pretrained`, with fresh adapters if asked for, or random parameters.
+def initial_state(components: Components, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state that a run begins with: `config.pretrained`, with new adapters if asked for, or random parameters.
 
   Raises:
     ValueError: the pretrained model is not the configured one; names the fields that differ.
   """
-  config, layout = parts.config, parts.layout
+  config, layout = components.config, components.layout
   if not config.pretrained:
-    return init_state(parts.policy, optimizer, config.seed, layout)
-  found = read_model(config.pretrained)
+    return init_state(components.policy, optimizer, config.seed, layout)
+  if config.model is None:
+    raise ValueError(
+      f"config.pretrained is {config.pretrained!r}, but config.policy.name is {config.policy.name!r}: only our own "
+      "models are read from folders. Load the parameters in your policy's init, and set config.pretrained to ''."
+    )
+  stored = read_model(config.pretrained)
   differing = [
-    f"config.model.{field.name} is {getattr(config.model, field.name)!r}, there {getattr(found, field.name)!r}"
-    for field in dataclasses.fields(found)
-    if field.name not in FREE_FIELDS and getattr(config.model, field.name) != getattr(found, field.name)
+    f"config.model.{field.name} is {getattr(config.model, field.name)!r}, there {getattr(stored, field.name)!r}"
+    for field in dataclasses.fields(stored)
+    if field.name not in FREE_FIELDS and getattr(config.model, field.name) != getattr(stored, field.name)
   ]
   raise_problems(
     f"{config.pretrained} is another model than config.model", differing, "Use configs/pretrained.py with it."
   )
-  # Parameters are trained in float32, whatever they were kept in.
+  # Parameters are trained in float32, whatever dtype they are stored in.
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), load_model(config.pretrained, layout).params)
-  if config.model.lora.rank and not found.lora.rank:
-    params = lora.add_lora(config.model, params, parts.key(INIT))
-    params = jax.device_put(params, mesh.param_shardings(parts.policy, layout))
+  if config.model.lora.rank and not stored.lora.rank:
+    params = lora.add_lora(config.model, params, components.key(INIT))
+    params = jax.device_put(params, mesh.param_shardings(components.policy, layout))
   step = jax.device_put(np.zeros((), np.int32), layout.sharding())
-  return restart_optimizer(TrainState(params, None, step), parts.policy, optimizer, layout)
+  return restart_optimizer(TrainState(params, None, step), components.policy, optimizer, layout)
 
 
 def save_orbax(folder: str | Path, model: Model) -> None:
@@ -191,15 +202,9 @@ def _converted_params(config: TransformerConfig, layout: Layout) -> Callable[[di
 def _states_of_run(folder: str | Path, layout: Layout) -> Callable[[dict[str, Any]], Any]:
   """What each phase of a run keeps, by the meta of its checkpoint."""
   config = read_config(ml_collections.ConfigDict(read_json(Path(folder) / "config.json")))
-  policy = build_policy(config.model, layout)
-  optimizers = {
-    "warm_start": make_optimizer(
-      config.warm_start.optimizer, config.warm_start.steps, frozen=untrained_patterns(config.model)
-    ),
-    "rl": rl_optimizer(config),
-  }
+  policy, by_phase = make_policy(config, layout), optimizers(config)
 
   def abstract(meta: dict[str, Any]) -> Any:
-    return host_state.abstract_bundle(abstract_state(policy, optimizers[meta["phase"]][0], layout), meta, layout)
+    return host_state.abstract_bundle(abstract_state(policy, by_phase[meta["phase"]][0], layout), meta, layout)
 
   return abstract

@@ -1,6 +1,4 @@
-"""The optimizers of the two phases, and what they leave frozen."""
-
-from collections.abc import Mapping, Sequence
+"""Optimizers of the two phases, and the parameters that they leave frozen."""
 
 import optax
 
@@ -12,17 +10,9 @@ from rspo_jax.training.train_step import skip_nonfinite
 
 
 def make_optimizer(
-  config: OptimizerConfig,
-  updates: int,
-  *,
-  frozen: Sequence[str] = (),
-  multipliers: Mapping[str, float] | None = None,
+  config: OptimizerConfig, updates: int, model: TransformerConfig | None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """AdamW under the config's schedule over so many updates; non-finite gradients are skipped.
-
-  Args:
-    frozen: patterns of parameters that are not trained. multipliers: pattern -> factor on the learning rate.
-  """
+  """AdamW under the config's schedule over that many updates; non-finite gradients are skipped."""
   schedule = optax.warmup_cosine_decay_schedule(
     init_value=config.learning_rate / (config.warmup_steps + 1),
     peak_value=config.learning_rate,
@@ -34,30 +24,29 @@ def make_optimizer(
     optax.clip_by_global_norm(config.max_grad_norm),
     optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
   )
-  optimizer = parameters.freeze(optimizer, frozen)
-  if multipliers:
+  optimizer = parameters.freeze(optimizer, frozen_parameters(config, model))
+  if config.router_multiplier != 1.0:
+    multipliers = {parameters.ROUTER: config.router_multiplier}
     optimizer = optax.chain(optimizer, parameters.scale_updates(multipliers))
   return skip_nonfinite(optimizer), schedule
 
 
-def rl_optimizer(config: ExperimentConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The optimizer of RL, with what `config.router` and `config.rl` freeze or slow down."""
-  factor = config.router.learning_rate_multiplier
-  return make_optimizer(
-    config.rl.optimizer,
-    config.rl.steps * config.rl.epochs * config.rl.minibatches,
-    frozen=frozen_parameters(config),
-    multipliers=None if factor == 1.0 else {parameters.ROUTER: factor},
-  )
+def optimizers(config: ExperimentConfig) -> dict[str, tuple[optax.GradientTransformation, optax.Schedule]]:
+  """Optimizer and schedule of each phase."""
+  rl_updates = config.steps * config.rl.epochs * config.rl.minibatches
+  return {
+    "warm_start": make_optimizer(config.warm_start.optimizer, config.warm_start.steps, config.model),
+    "rl": make_optimizer(config.optimizer, rl_updates, config.model),
+  }
 
 
-def frozen_parameters(config: ExperimentConfig) -> tuple[str, ...]:
-  """Patterns of what RL does not train."""
-  routers = (parameters.ROUTER,) if config.router.freeze else ()
-  return (*config.rl.frozen, *routers, *untrained_patterns(config.model))
+def frozen_parameters(config: OptimizerConfig, model: TransformerConfig | None) -> tuple[str, ...]:
+  """Patterns of parameters that are not trained: those of the config, and those that no gradient may move.
 
-
-def untrained_patterns(model: TransformerConfig) -> tuple[str, ...]:
-  """Patterns of what no gradient moves: the base beside adapters, and the bias on the experts' choice, which has a rule
-  of its own."""
-  return (*((BASE,) if model.lora.rank else ()), *(("router_bias$",) if model.router_bias else ()))
+  The latter are the base beside LoRA adapters, and the bias on the experts' choice, which has an update rule of its
+  own.
+  """
+  routers = (parameters.ROUTER,) if config.freeze_router else ()
+  base = (BASE,) if model is not None and model.lora.rank else ()
+  router_bias = ("router_bias$",) if model is not None and model.router_bias else ()
+  return (*config.frozen, *routers, *base, *router_bias)

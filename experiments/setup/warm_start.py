@@ -1,76 +1,74 @@
-"""Supervised steps on demonstrations, so that RL begins with a policy that knows the form of an answer."""
+"""Supervised steps on demonstrations, so that RL begins with a policy that knows the format of an answer."""
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import numpy as np
 import optax
 
 from experiments.setup.build import Components
-from experiments.setup.optimizer import make_optimizer, untrained_patterns
 from rspo_jax import mesh
 from rspo_jax.data.examples import Example, batches
+from rspo_jax.rollout.completions import Completion, new_completion, to_rollout
 from rspo_jax.training.state import state_shardings
 from rspo_jax.training.train_step import jit_step, make_supervised_step
 from rspo_jax.types import TrainBatch, TrainState
 
 
-class WarmStart(NamedTuple):
-  """The compiled parts of the warm start. step: (state, number of the step) -> (state, metrics)."""
+def build_warm_start(
+  components: Components, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, int], tuple[TrainState, dict]]:
+  """(state, number of the step) -> (state, metrics).
 
-  optimizer: optax.GradientTransformation
-  step: Callable
-
-
-def build_warm_start(parts: Components) -> WarmStart:
-  """Raises ValueError if the data set has no demonstrations, or not the wrong ones that were asked for."""
-  config = parts.config.warm_start
-  train = parts.splits["train"]
-  if config.steps and not all(example.demonstration for example in train.examples):
-    raise ValueError(f"config.warm_start.steps is {config.steps}, but {train.name} has examples without demonstration.")
-  longest = max(len(parts.tokenizer.encode(example.demonstration)) + 1 for example in train.examples)
-  if config.steps and longest > parts.config.sampling.max_new_tokens:
+  Raises:
+    ValueError: the data set has no demonstrations, or one that is longer than a completion may be.
+  """
+  config, tokenizer = components.config, components.tokenizer
+  train = components.splits["train"]
+  if config.warm_start.steps and not all(example.demonstration for example in train.examples):
+    raise ValueError(
+      f"config.warm_start.steps is {config.warm_start.steps}, but {train.name} has examples without demonstration."
+    )
+  longest = max(len(tokenizer.encode(example.demonstration)) + 1 for example in train.examples)
+  if config.warm_start.steps and longest > config.sampling.max_new_tokens:
     raise ValueError(
       f"the longest demonstration of {train.name} has {longest} tokens with its end token, but "
-      f"config.sampling.max_new_tokens is {parts.config.sampling.max_new_tokens}; raise it."
+      f"config.sampling.max_new_tokens is {config.sampling.max_new_tokens}; raise it."
     )
-  optimizer, schedule = make_optimizer(config.optimizer, config.steps, frozen=untrained_patterns(parts.config.model))
   update = jit_step(
-    make_supervised_step(parts.policy, optimizer, logits_chunk=parts.config.rl.logits_chunk),
-    parts.layout,
-    state_shardings(parts.policy, optimizer, parts.layout),
+    make_supervised_step(components.policy, optimizer, logits_chunk=config.update.logits_chunk),
+    components.layout,
+    state_shardings(components.policy, optimizer, components.layout),
   )
-  examples_of = batches(train, config.batch_size, parts.config.seed)
-  slots = parts.config.sampling.max_new_tokens
+  index_stream = batches(train, config.warm_start.batch_size, config.seed)
 
-  def completion(example: Example, number: int, row: int) -> list[int]:
-    rng = np.random.default_rng((parts.config.seed, number, row))
-    wrong = rng.random() < config.wrong_fraction
+  def demonstration(example: Example, step: int, row: int) -> Completion:
+    rng = np.random.default_rng((config.seed, step, row))
+    wrong = rng.random() < config.warm_start.wrong_fraction
     text = example.wrong_demonstration if wrong else example.demonstration
-    return [*parts.tokenizer.encode(text), parts.tokenizer.eos_id]
+    prompt = np.array(tokenizer.encode(example.prompt), np.int32)
+    tokens = [*tokenizer.encode(text), tokenizer.eos_id][: config.sampling.max_new_tokens]
+    unknown = np.zeros(len(tokens), np.float32)
+    return new_completion(row, prompt, config.sampling.max_new_tokens)._replace(
+      tokens=np.array(tokens, np.int32), sampler_log_prob=unknown, log_prob=unknown, version=np.zeros(len(tokens), int)
+    )
 
-  def batch_of(number: int) -> TrainBatch:
-    examples = examples_of.at(number)
-    prompt, prompt_valid = parts.encode_prompts(examples)
-    tokens = np.zeros((len(examples), slots), np.int32)
-    chosen = np.zeros((len(examples), slots), bool)
-    for row, example in enumerate(examples):
-      ids = completion(example, number, row)[:slots]
-      tokens[row, : len(ids)], chosen[row, : len(ids)] = ids, True
+  def batch_of(step: int) -> TrainBatch:
+    completions = [demonstration(example, step, row) for row, example in enumerate(index_stream.at(step))]
+    rollout = to_rollout(completions, components.prompt_length, config.sampling.max_new_tokens)
     return TrainBatch(
-      tokens=np.concatenate([prompt, tokens], axis=1),
-      valid=np.concatenate([prompt_valid, chosen], axis=1),
-      action_mask=np.concatenate([np.zeros_like(prompt_valid), chosen], axis=1),
-      old_log_prob=np.zeros((len(examples), prompt.shape[1] + slots), np.float32),
-      advantage=np.zeros(len(examples), np.float32),
+      tokens=rollout.tokens,
+      valid=rollout.valid,
+      action_mask=rollout.action_mask,
+      old_log_prob=rollout.log_prob,
+      advantage=np.zeros(len(completions), np.float32),
     )
 
   def step(state: TrainState, number: int) -> tuple[TrainState, dict]:
     start = time.perf_counter()
     batch = batch_of(number)
-    state, metrics = update(state, mesh.put_batch(batch, parts.layout))
+    state, metrics = update(state, mesh.put_batch(batch, components.layout))
     metrics = jax.device_get(metrics)
     seconds = time.perf_counter() - start
     return state, metrics | {
@@ -79,4 +77,4 @@ def build_warm_start(parts: Components) -> WarmStart:
       "seconds/step": seconds,
     }
 
-  return WarmStart(optimizer, step)
+  return step

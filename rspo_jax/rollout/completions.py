@@ -1,4 +1,4 @@
-"""Completions on the host, each with its own length, and how they become a batch."""
+"""Completions on the host, each with its own length, and how they become a batch of arrays."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from rspo_jax.types import Rollout
 
 
 class Completion(NamedTuple):
-  """A completion: not begun, under way, or through.
+  """A completion: new, partial, or done.
 
   Attributes:
     number: its random keys follow from it. prompt: [p] int32. limit: most tokens it may have.
-    tokens [m] int32, sampler_log_prob, log_prob [m] float32: what is drawn so far, as `Rollout` has them.
-    version: [m] int32, of the policy that drew each token.
+    tokens [m] int32, sampler_log_prob, log_prob [m] float32: sampled so far, as in `Rollout`.
+    version: [m] int32, of the policy that sampled each token.
     finished: it ended with a stop token.
-    experts: [p + m, L, K], which every token was drawn with; None unless they are recorded.
+    experts: [p + m, L, K], those every token was sampled with; None unless they are recorded.
   """
 
   number: int
@@ -33,54 +33,95 @@ class Completion(NamedTuple):
   def done(self) -> bool:
     return self.finished or len(self.tokens) >= self.limit
 
+  @property
+  def context(self) -> np.ndarray:
+    """[p + m] int32, prompt and tokens: what the next token is conditioned on."""
+    return np.concatenate([self.prompt, self.tokens])
 
-def begin(number: int, prompt: np.ndarray, limit: int) -> Completion:
-  """A completion of which nothing is drawn."""
-  none, nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
-  return Completion(number, np.asarray(prompt, np.int32), limit, none, nothing, nothing, none)
+
+def new_completion(number: int, prompt: np.ndarray, limit: int) -> Completion:
+  """A completion without tokens."""
+  no_ids, no_values = np.zeros(0, np.int32), np.zeros(0, np.float32)
+  return Completion(number, np.asarray(prompt, np.int32), limit, no_ids, no_values, no_values, no_ids)
 
 
-def pack(completions: Sequence[Completion], prompt_length: int, new: int, *, versions: bool = False) -> Rollout:
-  """A batch of numpy arrays, a row each, prompts left-padded to prompt_length and completions padded to `new` tokens.
+def new_completions(
+  prompts: Sequence[np.ndarray], samples: int, *, first: int = 0, limits: int | Sequence[int] = 0
+) -> list[Completion]:
+  """`samples` completions of every prompt, prompt-major, numbered from `first` on.
+
+  Args:
+    limits: most tokens of all of them, or of each.
+  """
+  count = len(prompts) * samples
+  limits = np.broadcast_to(limits, count)
+  return [new_completion(first + row, prompts[row // samples], int(limits[row])) for row in range(count)]
+
+
+def to_rollout(
+  completions: Sequence[Completion], prompt_length: int, new_slots: int, *, versions: bool = False
+) -> Rollout:
+  """A batch of numpy arrays, one row each: prompts left-padded to prompt_length, completions padded to new_slots.
 
   Args:
     versions: fill in `Rollout.version`.
   """
-  rows, slots = len(completions), prompt_length + new
+  rows, slots = len(completions), prompt_length + new_slots
   columns = {
     name: np.zeros((rows, slots), dtype)
-    for name, dtype in (("tokens", np.int32), ("valid", bool), ("action_mask", bool), ("version", np.int32))
-  } | {name: np.zeros((rows, slots), np.float32) for name in ("sampler_log_prob", "log_prob")}
+    for name, dtype in (
+      ("tokens", np.int32),
+      ("valid", bool),
+      ("action_mask", bool),
+      ("sampler_log_prob", np.float32),
+      ("log_prob", np.float32),
+      ("version", np.int32),
+    )
+  }
   experts = None
   for row, completion in enumerate(completions):
     prompt = slice(prompt_length - len(completion.prompt), prompt_length)
-    drawn = slice(prompt_length, prompt_length + len(completion.tokens))
+    sampled = slice(prompt_length, prompt_length + len(completion.tokens))
     columns["tokens"][row, prompt] = completion.prompt
     for name in ("tokens", "sampler_log_prob", "log_prob", "version"):
-      columns[name][row, drawn] = getattr(completion, name)
-    columns["valid"][row, prompt.start : drawn.stop] = True
-    columns["action_mask"][row, drawn] = True
+      columns[name][row, sampled] = getattr(completion, name)
+    columns["valid"][row, prompt.start : sampled.stop] = True
+    columns["action_mask"][row, sampled] = True
     if completion.experts is not None:
       if experts is None:
         experts = np.zeros((rows, slots, *completion.experts.shape[1:]), completion.experts.dtype)
-      experts[row, prompt.start : drawn.stop] = completion.experts
-  return Rollout(
-    tokens=columns["tokens"],
-    valid=columns["valid"],
-    action_mask=columns["action_mask"],
-    sampler_log_prob=columns["sampler_log_prob"],
-    log_prob=columns["log_prob"],
-    finished=np.array([completion.finished for completion in completions], bool),
-    expert_index=experts,
-    version=columns["version"] if versions else None,
-  )
+      experts[row, prompt.start : sampled.stop] = completion.experts
+  version = columns.pop("version")
+  finished = np.array([completion.finished for completion in completions], bool)
+  return Rollout(**columns, finished=finished, expert_index=experts, version=version if versions else None)
+
+
+def from_rollout(rollout: Rollout, queue: Sequence[Completion], version: int) -> list[Completion]:
+  """The completions of `queue` after sampling, from the first rows of a batch of numpy arrays."""
+  sampled = []
+  for row, completion in enumerate(queue):
+    actions = np.flatnonzero(rollout.action_mask[row])
+    experts = None
+    if rollout.expert_index is not None:
+      experts = rollout.expert_index[row, np.flatnonzero(rollout.valid[row])]
+    sampled.append(
+      completion._replace(
+        tokens=rollout.tokens[row, actions],
+        sampler_log_prob=rollout.sampler_log_prob[row, actions],
+        log_prob=rollout.log_prob[row, actions],
+        version=np.full(len(actions), version, np.int32),
+        finished=bool(rollout.finished[row]),
+        experts=experts,
+      )
+    )
+  return sampled
 
 
 _RAGGED = ("prompt", "tokens", "sampler_log_prob", "log_prob", "version")
 
 
 def to_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray]:
-  """Completions as a few flat arrays, to be saved; `from_arrays` is its inverse."""
+  """Completions as a few flat arrays, for a checkpoint; `from_arrays` is the inverse."""
   arrays = {
     "number": np.array([c.number for c in completions], np.int64),
     "limit": np.array([c.limit for c in completions], np.int32),
@@ -88,10 +129,9 @@ def to_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray]:
     "prompt_length": np.array([len(c.prompt) for c in completions], np.int32),
     "length": np.array([len(c.tokens) for c in completions], np.int32),
   }
-  nothing = begin(0, np.zeros(0), 0)
+  empty = new_completion(0, np.zeros(0), 0)
   for name in _RAGGED:
-    parts = [getattr(c, name) for c in completions] or [getattr(nothing, name)]
-    arrays[name] = np.concatenate(parts)
+    arrays[name] = np.concatenate([getattr(c, name) for c in completions] or [getattr(empty, name)])
   recorded = [c.experts for c in completions if c.experts is not None]
   arrays["recorded"] = np.array([c.experts is not None for c in completions], bool)
   if recorded:
@@ -118,24 +158,3 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> list[Completion]:
     )
     for i in range(len(recorded))
   ]
-
-
-def unpack(rollout: Rollout, waiting: Sequence[Completion], version: int) -> list[Completion]:
-  """What became of completions that were the first rows of a batch; further rows are left out."""
-  found = []
-  for row, completion in enumerate(waiting):
-    drawn = np.flatnonzero(rollout.action_mask[row])
-    experts = None
-    if rollout.expert_index is not None:
-      experts = rollout.expert_index[row, np.flatnonzero(rollout.valid[row])]
-    found.append(
-      completion._replace(
-        tokens=rollout.tokens[row, drawn],
-        sampler_log_prob=rollout.sampler_log_prob[row, drawn],
-        log_prob=rollout.log_prob[row, drawn],
-        version=np.full(len(drawn), version, np.int32),
-        finished=bool(rollout.finished[row]),
-        experts=experts,
-      )
-    )
-  return found

@@ -1,37 +1,39 @@
-"""Completions from an inference engine over HTTP: tokens in, tokens, log-probabilities and routed experts out.
+"""Completions from an inference engine over HTTP: token ids in; token ids, log-probabilities and routed experts out.
 
-The old log-probabilities and routing that an update uses come from our forward afterwards, as with our own sampler; how
-far the engine is from it is what `rspo_jax.objectives.mismatch` corrects.
+The old log-probabilities and the routing trace of an update come from our own forward, as with our own samplers;
+`rspo_jax.objectives.mismatch` corrects for the difference between the engine and that forward.
 """
 
+import dataclasses
 import json
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
 import numpy as np
 import urllib3
 
-from rspo_jax.rollout.remote_protocol import Aborted, Completion, Shape, read_completion, request_of
-from rspo_jax.rollout.sampling import SamplingOptions
-from rspo_jax.types import Params, Policy, Rollout
+from rspo_jax.rollout.completions import Completion
+from rspo_jax.rollout.remote_protocol import Aborted, Answer, PolicyShape, read_completion, request_of
+from rspo_jax.rollout.token_sampling import SamplingOptions
+from rspo_jax.types import Params, Policy, Program
 
-TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that another try may cure
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that a retry may cure
 
 
 class EngineError(RuntimeError):
-  """An engine that cannot be reached, refuses, or answers something else than was asked for."""
+  """An engine that cannot be reached, refuses, or returns something else than the request asked for."""
 
 
 class Client:
-  """POSTs JSON to an engine, again where that may help. Threads may share it.
+  """POSTs JSON to an engine and retries where that may help. Thread-safe.
 
   Args:
-    timeout: seconds that an answer may take. retries: tries after the first.
-    backoff: seconds before the second try; doubles from then on, up to 16.
+    timeout: seconds that an answer may take. retries: attempts after the first.
+    backoff: seconds before the second attempt; doubles from then on, up to 16.
   """
 
   def __init__(self, *, timeout: float = 600.0, retries: int = 4, backoff: float = 1.0, connections: int = 1):
@@ -54,12 +56,12 @@ class Client:
     read: Callable[[bytes], Any],
     given_up: threading.Event | None = None,
   ) -> Any:
-    """What `read` makes of the answer.
+    """The answer, decoded by `read`.
 
     Args:
-      urls: tried in turn. what: is asked for, for messages. given_up: ends the tries.
+      urls: servers, one after the other. what: the thing requested, for messages. given_up: ends the retries.
     Raises:
-      EngineError: no answer in all tries, or one that is not worth another.
+      EngineError: no answer in all attempts, or an error that a retry cannot cure.
     """
     data, given_up = json.dumps(body).encode(), given_up or threading.Event()
     for attempt in range(self._retries + 1):
@@ -89,29 +91,41 @@ class Client:
     )
 
 
-def seeds_of(key: jax.Array, number: Sequence[int]) -> list[int]:
-  """The seeds [B], in [0, 2**31), of completions whose numbers in the whole batch are [B], >= 0."""
+def seeds_of(key: jax.Array, numbers: Sequence[int], lengths: Sequence[int] | None = None) -> list[int]:
+  """Seeds [B], in [0, 2**31), of completions.
+
+  Args:
+    numbers: [B], >= 0, in the whole batch. lengths: [B], tokens that partial completions have already; None: 0.
+  """
   words = np.asarray(jax.random.key_data(key)).tolist()
-  return [int(np.random.SeedSequence([*words, int(one)]).generate_state(1)[0]) >> 1 for one in number]
+  lengths = [0] * len(numbers) if lengths is None else lengths
+  return [
+    int(np.random.SeedSequence([*words, int(number), *([int(length)] if length else [])]).generate_state(1)[0]) >> 1
+    for number, length in zip(numbers, lengths, strict=True)
+  ]
 
 
 class RemoteEngine:
-  """Draws completions with an engine that serves the policy. Called as `continuous.ContinuousSampler` is.
+  """Samples completions with an engine that serves the policy (`rspo_jax.rollout.samplers.Sampler`).
 
-  Every completion is a request of its own, with a seed made of key and number: its draw depends neither on the batch
-  nor on the others, as far as the engine is deterministic. The samples of a prompt go to one server, which caches it.
+  Every completion is one request, with a seed made of key and number: as far as the engine is deterministic, it depends
+  neither on the batch nor on the other completions. The samples of a prompt go to one server, which caches the prompt.
 
   Args:
-    policy: what the engine serves, for its sizes. options: as for `sampling.sample`.
-    urls: roots of one or several servers of the same weights, as "http://127.0.0.1:8000"; prompts go round.
+    policy: what the engine serves, for its sizes. options: as for `rspo_jax.rollout.sampling.sample`.
+    urls: roots of one or several servers of the same weights, as "http://127.0.0.1:8000"; prompts are distributed
+      round-robin.
     model: name in the requests; '' leaves it out.
-    moe_layers, num_layers: numbers of the layers with experts and how many layers there are, for an engine that tells
-      the experts of all layers, those without any too.
-    publish: called with the parameters before every batch, see `when_changed`; None: the engine's weights are its own.
-    concurrency: requests under way at once. timeout, retries, backoff: see `Client`.
+    moe_layers, num_layers: indices of the layers with experts and the number of all layers, for an engine that returns
+      experts of all layers, those without any included.
+    sync_weights: called with the parameters before sampling, see `when_changed`; None: the engine has its own weights.
+    concurrency: requests in flight. timeout, retries, backoff: see `Client`.
   Raises:
     ValueError: a setting out of range.
   """
+
+  programs: tuple[Program, ...] = ()
+  prompts_per_call = 1
 
   def __init__(
     self,
@@ -122,7 +136,7 @@ class RemoteEngine:
     model: str = "",
     moe_layers: Sequence[int] = (),
     num_layers: int = 0,
-    publish: Callable[[Params], None] | None = None,
+    sync_weights: Callable[[Params], None] | None = None,
     concurrency: int = 64,
     timeout: float = 600.0,
     retries: int = 4,
@@ -132,78 +146,100 @@ class RemoteEngine:
     if not self._urls or not all(url.startswith(("http://", "https://")) for url in self._urls):
       raise ValueError(f"urls are {urls!r}; want roots of servers, as 'http://127.0.0.1:8000'.")
     sizes = (policy.vocab_size, policy.num_moe_layers, policy.experts_per_token, policy.num_experts)
-    self._shape = Shape(*sizes, tuple(moe_layers), num_layers)
-    self._options, self._model, self._publish, self._concurrency = options, model, publish, concurrency
+    self._shape = PolicyShape(*sizes, tuple(moe_layers), num_layers)
+    self.options, self._model, self._sync_weights, self._concurrency = options, model, sync_weights, concurrency
     self._client = Client(timeout=timeout, retries=retries, backoff=backoff, connections=concurrency)
 
-  def __call__(
-    self, params: Params | None, tokens: np.ndarray, valid: np.ndarray, key: jax.Array, *, first_row: int = 0
-  ) -> Rollout:
-    """As `sampling.sample`, for any number of prompts [P, Tp]; the arrays of the result are numpy's.
+  def draw(
+    self,
+    params: Params | None,
+    queue: Iterable[Completion],
+    key: jax.Array,
+    *,
+    version: int = 0,
+    on_finished: Callable[[list[Completion]], Sequence[Completion] | None] | None = None,
+  ) -> list[Completion]:
+    """See `rspo_jax.rollout.samplers.Sampler.draw`. After a stop, requests in flight are abandoned.
 
-    An engine gives one log-probability a token, so `sampler_log_prob` and `log_prob` are the same array: of what the
-    token was drawn from and at temperature 1 where these are one, at temperature 1 without truncation; else whichever
-    of the two the engine gives.
+    An engine returns one log-probability per token, so `sampler_log_prob` and `log_prob` are equal: of the distribution
+    that was sampled from, which is that of temperature 1 without truncation if the options say so; otherwise whichever
+    of the two the engine returns.
 
     Raises:
-      EngineError: names the server, the completion's number and the cure; what is under way then is left to end.
+      EngineError: names the server, the completion's number and the cure; requests in flight are abandoned.
     """
-    if self._publish is not None and params is not None:
-      self._publish(params)
-    tokens, valid = np.asarray(tokens), np.asarray(valid)
-    samples = self._options.samples_per_prompt
-    prompts = [row[here].tolist() for row, here in zip(tokens, valid, strict=True)]
-    numbers = range(first_row, first_row + len(prompts) * samples)
+    if self._sync_weights is not None and params is not None:
+      self._sync_weights(params)
+    known: dict[int, Completion] = {}
+    servers: dict[bytes, int] = {}  # by prompt
+    requests: dict[Future, int] = {}
     pool, given_up = ThreadPoolExecutor(self._concurrency), threading.Event()
+
+    def submit(completions: Iterable[Completion]) -> list[Completion]:
+      """Requests those that are not done; returns the others."""
+      completions = list(completions)
+      known.update({completion.number: completion for completion in completions})
+      open_ones = [completion for completion in completions if not completion.done]
+      numbers, lengths = [c.number for c in open_ones], [len(c.tokens) for c in open_ones]
+      for completion, seed in zip(open_ones, seeds_of(key, numbers, lengths), strict=True):
+        server = servers.setdefault(completion.prompt.tobytes(), len(servers))
+        requests[pool.submit(self._complete, completion, server, seed, given_up)] = completion.number
+      return [completion for completion in completions if completion.done]
+
     try:
-      asked = [
-        pool.submit(self._complete, prompts[row // samples], row // samples, number, seed, given_up)
-        for row, (number, seed) in enumerate(zip(numbers, seeds_of(key, numbers), strict=True))
-      ]
-      wait(asked, return_when=FIRST_EXCEPTION)
-      for done in asked:
-        if done.done() and not done.cancelled() and done.exception():
-          raise done.exception()
+      finished = submit(queue)
+      while True:
+        if on_finished is not None:
+          more = on_finished(finished)
+          if more is None:
+            break
+          submit(more)
+        if not requests:
+          break
+        answered, _ = wait(requests, return_when=FIRST_COMPLETED)
+        finished = []
+        for number, future in sorted((requests.pop(future), future) for future in answered):
+          finished.append(_extend(known[number], future.result(), self.options, version))
+          known[number] = finished[-1]
     finally:
       given_up.set()
       pool.shutdown(wait=False, cancel_futures=True)
-    return self._rollout(tokens, valid, [done.result() for done in asked])
+    return [known[number] for number in sorted(known)]
 
-  def _complete(
-    self, prompt: Sequence[int], source: int, number: int, seed: int, given_up: threading.Event
-  ) -> Completion:
-    first = source % len(self._urls)
+  def _complete(self, completion: Completion, server: int, seed: int, given_up: threading.Event) -> Answer:
+    first = server % len(self._urls)
+    prompt = completion.context.tolist()
+    options = dataclasses.replace(self.options, max_new_tokens=completion.limit - len(completion.tokens))
     return self._client.post(
       self._urls[first:] + self._urls[:first],
       "/v1/completions",
-      request_of(prompt, self._options, seed, self._model),
-      what=f"completion {number} (prompt of {len(prompt)} tokens)",
-      read=lambda answer: read_completion(answer, prompt, self._options, self._shape),
+      request_of(prompt, options, seed, self._model),
+      what=f"completion {completion.number} (prompt of {len(prompt)} tokens)",
+      read=lambda answer: read_completion(answer, prompt, options, self._shape),
       given_up=given_up,
     )
 
-  def _rollout(self, tokens: np.ndarray, valid: np.ndarray, completions: Sequence[Completion]) -> Rollout:
-    samples, new, start = self._options.samples_per_prompt, self._options.max_new_tokens, tokens.shape[1]
-    shape = (len(completions), start + new)
-    filled = np.zeros(shape, np.int32)
-    filled[:, :start] = np.repeat(tokens, samples, axis=0)
-    mask, log_prob = np.zeros(shape, bool), np.zeros(shape, np.float32)
-    experts = None
-    if self._options.record_experts:
-      first = completions[0].experts
-      experts = np.zeros((*shape, *first.shape[1:]), first.dtype)
-    for row, (drawn, log_probs, routed) in enumerate(completions):
-      end = start + len(drawn)
-      filled[row, start:end], log_prob[row, start:end], mask[row, start:end] = drawn, log_probs, True
-      if experts is not None:  # position t routes the token of slot t + 1
-        experts[row, end - len(routed) : end] = routed
-    before = np.concatenate([np.repeat(valid, samples, axis=0), mask[:, start:]], axis=1)
-    finished = np.array([drawn[-1] in self._options.stop_ids for drawn, *_ in completions], bool)
-    return Rollout(filled, before, mask, log_prob, log_prob.copy(), finished, experts)
+
+def _extend(old: Completion, answer: Answer, options: SamplingOptions, version: int) -> Completion:
+  """A completion with the tokens of an answer to the request for its remainder."""
+  log_prob = np.concatenate([old.log_prob, np.array(answer.log_probs, np.float32)])
+  experts = None
+  if answer.experts is not None:
+    # Position t routes the token of slot t + 1; no position routes the first token of the prompt.
+    by_slot = np.concatenate([np.zeros_like(answer.experts[:1]), answer.experts])
+    experts = by_slot if old.experts is None else np.concatenate([old.experts, by_slot[len(old.experts) :]])
+  return old._replace(
+    tokens=np.concatenate([old.tokens, np.array(answer.tokens, np.int32)]),
+    sampler_log_prob=np.concatenate([old.sampler_log_prob, log_prob[len(old.tokens) :]]),
+    log_prob=log_prob,
+    version=np.concatenate([old.version, np.full(len(answer.tokens), version, np.int32)]),
+    finished=answer.tokens[-1] in options.stop_ids,
+    experts=experts,
+  )
 
 
-def when_changed(publish: Callable[[Params], None]) -> Callable[[Params], None]:
-  """The same, but only for parameters other than those of the last call that went well; holds no reference to them."""
+def when_changed(sync_weights: Callable[[Params], None]) -> Callable[[Params], None]:
+  """The same function, skipped for the parameters of its last successful call; holds no reference to them."""
   last: list[weakref.ref] = []
 
   def changed(params: Params) -> None:
@@ -211,17 +247,17 @@ def when_changed(publish: Callable[[Params], None]) -> Callable[[Params], None]:
     if len(leaves) == len(last) and all(ref() is leaf for ref, leaf in zip(last, leaves, strict=True)):
       return
     last.clear()
-    publish(params)
+    sync_weights(params)
     last.extend(map(weakref.ref, leaves))
 
   return changed
 
 
 def update_sglang(urls: Sequence[str], folder: str, client: Client | None = None) -> None:
-  """Has every server load the weights of a Hugging Face folder, which it sees under this path, and forget its cache.
+  """Makes every server load the weights of a Hugging Face folder, which it sees under this path, and clear its cache.
 
   Raises:
-    EngineError: a server cannot be reached, or says that it did not.
+    EngineError: a server cannot be reached, or reports a failure.
   """
   for url in urls:
     body = {"model_path": folder, "flush_cache": True}
@@ -237,9 +273,9 @@ def _succeeded(answer: bytes) -> None:
 
 
 def update_vllm(urls: Sequence[str], folder: str, client: Client | None = None) -> None:
-  """Has every server load its weights anew, from the folder that it was started with, and forget its cache.
+  """Makes every server reload its weights from the folder that it was started with, and clear its cache.
 
-  Needs servers started with VLLM_SERVER_DEV_MODE=1. folder: is theirs, for messages.
+  Needs servers started with VLLM_SERVER_DEV_MODE=1. folder: the servers' own, for messages.
 
   Raises:
     EngineError: a server cannot be reached or refuses.

@@ -1,6 +1,6 @@
-"""What is asked of an inference engine over HTTP, and what its answers mean: OpenAI's /v1/completions on token ids.
+"""Requests to an inference engine over HTTP and the meaning of its answers: OpenAI's /v1/completions on token ids.
 
-docs/remote_engine.md says which engines and versions answer so.
+docs/remote_engine.md says which engines and versions speak this protocol.
 """
 
 import base64
@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rspo_jax.rollout.sampling import SamplingOptions
+from rspo_jax.rollout.token_sampling import SamplingOptions
 from rspo_jax.router.trace import index_dtype
 
 _TOKEN_ID = re.compile(r"token_id:(\d+)")
 _NPY = b"\x93NUMPY"
 
 
-class Shape(NamedTuple):
-  """What answers are held against: V, L, K, E of the policy; moe_layers: numbers of its L layers with experts among all
-  num_layers of the model, for engines that give an entry for every layer."""
+class PolicyShape(NamedTuple):
+  """What answers are checked against: V, L, K, E of the policy; moe_layers: indices of its L layers with experts among
+  all num_layers of the model, for engines that return an entry for every layer."""
 
   vocab_size: int
   num_moe_layers: int
@@ -33,8 +33,8 @@ class Shape(NamedTuple):
   num_layers: int = 0
 
 
-class Completion(NamedTuple):
-  """One completion. tokens, log_probs: C each. experts: [prompt + C - 1, L, K], by position, or None."""
+class Answer(NamedTuple):
+  """What an engine returned. tokens, log_probs: C each. experts: [prompt + C - 1, L, K], by position, or None."""
 
   tokens: list[int]
   log_probs: list[float]
@@ -42,16 +42,16 @@ class Completion(NamedTuple):
 
 
 class Aborted(Exception):
-  """The engine gave the completion up, as it does when it is paused: worth another try."""
+  """The engine gave the completion up, as it does when it is paused; a retry may succeed."""
 
 
 def request_of(prompt: Sequence[int], options: SamplingOptions, seed: int, model: str = "") -> dict[str, Any]:
   """The JSON of a request for one completion.
 
-  One, although `n` could ask for all samples of a prompt: engines differ in how they seed several, and SGLang tells the
-  experts of the first only. Prefixes are cached by the engines.
+  One, although `n` could request all samples of a prompt: engines differ in how they seed several, and SGLang returns
+  the experts of the first only. Engines cache prefixes.
 
-  Every sampling parameter is said, since engines take those that are not from the model's `generation_config.json`.
+  Every sampling parameter is sent, since engines take missing ones from the model's `generation_config.json`.
   """
   body = {
     "prompt": list(map(int, prompt)),
@@ -79,12 +79,12 @@ def request_of(prompt: Sequence[int], options: SamplingOptions, seed: int, model
   return body
 
 
-def read_completion(answer: bytes, prompt: Sequence[int], options: SamplingOptions, shape: Shape) -> Completion:
-  """What an answer to `request_of` says.
+def read_completion(answer: bytes, prompt: Sequence[int], options: SamplingOptions, shape: PolicyShape) -> Answer:
+  """Reads the answer to `request_of`.
 
   Raises:
     Aborted: the engine did not finish it.
-    ValueError: it is not what was asked for; says what came, what was wanted and the cure.
+    ValueError: it does not match the request; says what came, what was wanted and the cure.
   """
   try:
     response = json.loads(answer)
@@ -114,7 +114,7 @@ def read_completion(answer: bytes, prompt: Sequence[int], options: SamplingOptio
   experts = None
   if options.record_experts:
     experts = _experts(response, choice, len(prompt) + len(tokens) - 1, shape)
-  return Completion(tokens, [float(value) for value in given], experts)
+  return Answer(tokens, [float(value) for value in given], experts)
 
 
 def _tokens(choice: Mapping[str, Any], log_probs: Mapping[str, Any]) -> list[int]:
@@ -131,7 +131,7 @@ def _tokens(choice: Mapping[str, Any], log_probs: Mapping[str, Any]) -> list[int
   return tokens
 
 
-def _check_tokens(tokens: Sequence[int], reason: str, options: SamplingOptions, shape: Shape) -> None:
+def _check_tokens(tokens: Sequence[int], reason: str, options: SamplingOptions, shape: PolicyShape) -> None:
   if not 1 <= len(tokens) <= options.max_new_tokens:
     raise ValueError(f"{len(tokens)} tokens came; want 1 to {options.max_new_tokens}, as max_tokens says.")
   if wrong := [token for token in tokens if not 0 <= token < shape.vocab_size]:
@@ -148,14 +148,14 @@ def _check_tokens(tokens: Sequence[int], reason: str, options: SamplingOptions, 
     )
 
 
-def _experts(response: Mapping[str, Any], choice: Mapping[str, Any], count: int, shape: Shape) -> np.ndarray:
+def _experts(response: Mapping[str, Any], choice: Mapping[str, Any], count: int, shape: PolicyShape) -> np.ndarray:
   """[count, L, K] in the smallest unsigned type, by position, from any of the forms that engines send."""
   given = choice.get("routed_experts")
   if given is None:
     given = (response.get("sglext") or {}).get("routed_experts")
   if given is None:
     raise ValueError(
-      "the answer names no routed experts, which config.router.replay='sampler' needs: start the engine with "
+      "the answer names no routed experts, which config.update.replay='sampler' needs: start the engine with "
       "--enable-return-routed-experts (vLLM from 0.21 on, SGLang)."
     )
   try:

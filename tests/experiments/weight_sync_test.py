@@ -16,7 +16,8 @@ from experiments.setup.weight_sync import write_weights
 from models.huggingface.checkpoint import load_pretrained
 from models.policy import build_policy
 from rspo_jax.rl_step import build_rl
-from rspo_jax.rollout.sampling import SamplingOptions, sample
+from rspo_jax.rollout.sampling import sample
+from rspo_jax.rollout.token_sampling import SamplingOptions
 from rspo_jax.training.state import init_state
 from tests.support.configs import SETTINGS, changed
 from tests.support.documents import FLAG, resolve

@@ -13,7 +13,7 @@ from rspo_jax.data.examples import Example, Split
 from rspo_jax.rewards.base import RewardResult
 from rspo_jax.rollout import collector
 from rspo_jax.rollout.collector import Collector
-from rspo_jax.rollout.sampling import SamplingOptions
+from rspo_jax.rollout.token_sampling import SamplingOptions
 from rspo_jax.run.host_state import bundle, unbundle
 from rspo_jax.tokenization.basic import ByteTokenizer
 from tests.support.configs import changed

@@ -10,9 +10,11 @@ import pytest
 from models.policy import build_policy
 from rspo_jax import mesh
 from rspo_jax.rollout import continuous
-from rspo_jax.rollout.completions import begin, from_arrays, pack, to_arrays
+from rspo_jax.rollout.completions import from_arrays, new_completions, to_arrays, to_rollout
 from rspo_jax.rollout.continuous import ContinuousSampler
-from rspo_jax.rollout.sampling import SamplingOptions, sample
+from rspo_jax.rollout.samplers import draw_rollout
+from rspo_jax.rollout.sampling import sample
+from rspo_jax.rollout.token_sampling import SamplingOptions
 from rspo_jax.training.scoring import score
 from tests.support import tiny
 
@@ -74,7 +76,8 @@ def sampler(rows=6, refill=3, buckets=(4, LENGTH)):
 
 
 def drawn(made, **arguments):
-  return made(tiny.policy_and_params(CONFIG)[1], *prompts(), jax.random.key(7), first_row=5, **arguments)
+  params = tiny.policy_and_params(CONFIG)[1]
+  return draw_rollout(made, params, *prompts(), jax.random.key(7), first_row=5, **arguments)
 
 
 def test_it_draws_what_the_synchronous_sampler_draws():
@@ -101,7 +104,7 @@ def continuing():
 
 def waiting():
   tokens, valid = prompts()
-  return [begin(5 + row, tokens[row // SAMPLES][valid[row // SAMPLES]], NEW) for row in range(PROMPTS * SAMPLES)]
+  return new_completions([row[mask] for row, mask in zip(tokens, valid, strict=True)], SAMPLES, first=5, limits=NEW)
 
 
 def stopped(params, version=0, collections=3):
@@ -112,7 +115,7 @@ def stopped(params, version=0, collections=3):
     waiting(),
     jax.random.key(7),
     version=version,
-    after=lambda news: () if next(calls, None) is not None else None,
+    on_finished=lambda finished: () if next(calls, None) is not None else None,
   )
 
 
@@ -124,7 +127,7 @@ def test_what_was_stopped_and_saved_is_drawn_on_as_if_nothing_had_happened():
   saved = from_arrays(to_arrays(partial))
   found = continuing().draw(params, saved, jax.random.key(7))
   assert all(completion.done for completion in found)
-  assert_same(pack(found, LENGTH, NEW), synchronous())
+  assert_same(to_rollout(found, LENGTH, NEW), synchronous())
 
 
 def test_tokens_drawn_before_the_policy_changed_stay_and_say_which_policy_drew_them():
@@ -142,7 +145,7 @@ def test_tokens_drawn_before_the_policy_changed_stay_and_say_which_policy_drew_t
     if drawn:
       np.testing.assert_array_equal(new.experts[: len(old.prompt) + drawn], old.experts)
   assert carried
-  rollout = pack(found, LENGTH, NEW, versions=True)
+  rollout = to_rollout(found, LENGTH, NEW, versions=True)
   assert set(rollout.version[rollout.action_mask]) == {3, 4}
   # What the new policy adds is what it gives these tokens after those: its own forward is the witness.
   policy = tiny.policy_and_params(CONFIG)[0]
@@ -157,12 +160,12 @@ def test_further_completions_can_be_asked_for_on_the_way():
   everyone = waiting()
   rest, seen = [everyone[:5], everyone[5:12], everyone[12:]], []
 
-  def after(news):
-    seen.extend(completion.number for completion in news)
+  def on_finished(finished):
+    seen.extend(completion.number for completion in finished)
     return rest.pop() if rest else ()
 
-  found = continuing().draw(tiny.policy_and_params(CONFIG)[1], (), jax.random.key(7), after=after)
-  assert_same(pack(found, LENGTH, NEW), synchronous())
+  found = continuing().draw(tiny.policy_and_params(CONFIG)[1], (), jax.random.key(7), on_finished=on_finished)
+  assert_same(to_rollout(found, LENGTH, NEW), synchronous())
   assert sorted(seen) == [completion.number for completion in everyone]
 
 
@@ -178,13 +181,13 @@ def test_rows_split_over_a_mesh_draw_the_same():
   sharded = build_policy(CONFIG, layout)
   made = ContinuousSampler(sharded, OPTIONS, rows=8, prompt_length=LENGTH, refill=4, buckets=(LENGTH,), layout=layout)
   placed = jax.device_put(params, mesh.param_shardings(sharded, layout))
-  assert_same(made(placed, *prompts(), jax.random.key(7), first_row=5), synchronous())
+  assert_same(draw_rollout(made, placed, *prompts(), jax.random.key(7), first_row=5), synchronous())
 
 
 def test_the_programs_are_listed_and_no_other_is_compiled():
   made = sampler()
-  assert len(made.programs) == 6 and "6 rows of up to 20 tokens" in made.programs[-1]
-  assert [int(line.split()[1]) for line in made.programs[-3:]] == [1, 2, 6]  # decode so many rows
+  assert len(made.programs) == 7 and "6 rows of up to 20 tokens" in made.programs[-1].name
+  assert [int(program.name.split()[1]) for program in made.programs[-3:]] == [1, 2, 6]  # decode so many rows
   layers, keys, width = 2, 2, 8
   assert made.cache_bytes == 6 * (20 * (layers * 2 * keys * width * 4 + 1) + 4) + 4
   drawn(made)

@@ -19,7 +19,8 @@ from rspo_jax.rollout.remote_engine import (
   update_vllm,
   when_changed,
 )
-from rspo_jax.rollout.sampling import SamplingOptions, sample
+from rspo_jax.rollout.sampling import sample
+from rspo_jax.rollout.token_sampling import SamplingOptions
 from tests.support import tiny
 from tests.support.engine_server import EXPERTS, EngineServer
 

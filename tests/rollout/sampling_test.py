@@ -8,8 +8,9 @@ import pytest
 
 from models.policy import build_policy
 from rspo_jax import mesh
-from rspo_jax.rollout import sampling
-from rspo_jax.rollout.sampling import SamplingOptions, sample, truncated_log_prob
+from rspo_jax.rollout import token_sampling
+from rspo_jax.rollout.sampling import sample
+from rspo_jax.rollout.token_sampling import SamplingOptions, truncated_log_prob
 from rspo_jax.training.scoring import score
 from tests.support import tiny
 
@@ -153,7 +154,7 @@ def test_one_draw_is_the_categorical_of_jax():
   logits = np.random.default_rng(0).normal(size=(2_000, 40)).astype(np.float32) * 3
   log_prob = np.where(np.random.default_rng(1).random(logits.shape) < 0.3, -np.inf, jax.nn.log_softmax(logits))
   keys, steps = jax.random.split(jax.random.key(2), len(logits)), jnp.arange(len(logits))
-  drawn = jax.jit(jax.vmap(sampling._draw_one))(keys, steps, log_prob)
+  drawn = jax.jit(jax.vmap(token_sampling._sample_token))(keys, steps, log_prob)
   wanted = jax.vmap(lambda key, step, p: jax.random.categorical(jax.random.fold_in(key, step), p))(
     keys, steps, log_prob
   )
@@ -162,7 +163,7 @@ def test_one_draw_is_the_categorical_of_jax():
 
 
 def test_a_row_of_nans_draws_a_token_that_exists():
-  assert sampling._draw_one(jax.random.key(0), 0, jnp.full(7, jnp.nan)) == 6
+  assert token_sampling._sample_token(jax.random.key(0), 0, jnp.full(7, jnp.nan)) == 6
 
 
 @pytest.mark.parametrize("shape", [{"data": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)

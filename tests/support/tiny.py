@@ -8,7 +8,8 @@ import numpy as np
 
 from models.config import tiny_moe
 from models.policy import build_policy
-from rspo_jax.rollout.sampling import SamplingOptions, sample
+from rspo_jax.rollout.sampling import sample
+from rspo_jax.rollout.token_sampling import SamplingOptions
 from rspo_jax.training.scoring import score
 from rspo_jax.types import TrainBatch
 

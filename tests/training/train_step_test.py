@@ -50,7 +50,7 @@ def jitted(policy, optimizer, options):
   return jax.jit(make_train_step(policy, optimizer, options))
 
 
-def run(policy, params, batch, options=UpdateOptions(), optimizer=SGD):  # noqa: B008
+def run(policy, params, batch, options=UpdateOptions(), optimizer=SGD):
   return jitted(policy, optimizer, options)(fresh_state(params, optimizer), batch)
 
 
@@ -157,7 +157,7 @@ def test_pmap_gives_the_update_of_one_device():
   assert_close(jax.tree.map(lambda leaf: leaf[0], metrics), expected_metrics, 2e-5)
 
 
-def gradient(policy, params, batch, options=UpdateOptions()):  # noqa: B008
+def gradient(policy, params, batch, options=UpdateOptions()):
   state, _ = run(policy, params, batch, options, STEEP)
   return jax.tree.map(lambda old, new: old - new, params, state.params)
 
