@@ -30,7 +30,7 @@ from experiments.setup.model_files import initial_state
 from experiments.setup.optimizer import optimizers
 from experiments.setup.warm_start import build_warm_start
 from rspo_jax.evaluation.completion_log import Completions
-from rspo_jax.rewards import base
+from rspo_jax.rewards.base import close
 from rspo_jax.rl_programs import rl_programs
 from rspo_jax.rl_step import UpdateFunctions, rl_step
 from rspo_jax.rollout.collector import Collector
@@ -155,7 +155,7 @@ class Run:
   def close(self) -> None:
     self.writer.close()
     self.checkpoints.close()
-    base.close(self.components.reward)
+    close(self.components.reward)
 
 
 def peak_memory() -> dict[str, int]:

@@ -13,10 +13,21 @@ FLOORS = (
   ("training", "rewards"),
   ("rollout", "evaluation"),
   ("rl_step",),
+  ("rl_programs",),
 )
 FLOOR = {subject: floor for floor, subjects in enumerate(FLOORS) for subject in subjects}
 # What is jitted knows no files, clocks or host arrays.
-DEVICE_SIDE = ("types", "masked", "objectives", "router", "training", "rollout/sampling", "rollout/decode_rows")
+DEVICE_SIDE = (
+  "types",
+  "masked",
+  "objectives",
+  "router",
+  "training",
+  "rollout/sampling",
+  "rollout/token_sampling",
+  "rollout/decode_rows",
+  "rollout/cacheless",
+)
 HOST_SIDE = {"numpy", "os", "time", "pathlib", "orbax", "grain", "tensorflow_datasets"}
 COMMANDS_ONLY = {"absl", "ml_collections", "models", "experiments", "benchmarks", "tests", "torch", "transformers"}
 

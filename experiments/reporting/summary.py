@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.config import EvaluationConfig, ExperimentConfig
 from experiments.reporting.answers import SIDES, read_answers
-from models.policy import build_policy
+from experiments.setup.build import make_policy
 from rspo_jax.run.metrics import read_metrics
 
 METRIC_OF = {"success": "eval/success", "greedy_success": "eval/greedy_success", "format": "eval/format"}
@@ -127,5 +127,5 @@ def _objective_name(config: ExperimentConfig) -> str:
 
 
 def _parameter_count(config: ExperimentConfig) -> int:
-  shapes = jax.eval_shape(build_policy(config.model).init, jax.random.key(0))
+  shapes = jax.eval_shape(make_policy(config).init, jax.random.key(0))
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

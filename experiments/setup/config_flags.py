@@ -107,12 +107,14 @@ def read_model_config(given: Mapping[str, Any]) -> TransformerConfig:
   return _build(TransformerConfig, given, "model")
 
 
-def unknown_key(key: str, group: str, known: typing.Iterable[str]) -> str:
+def unknown_key(key: str, value: Any, group: str, known: typing.Iterable[str]) -> str:
   """The message for a key that does not exist in a group such as "config.rl"."""
   dotted = f"{group}.{key}".removeprefix("config.")
-  if dotted in RENAMED or dotted == "router":
-    new = RENAMED.get(dotted, "shift, config.update and config.optimizer")
-    return f"config.{dotted} is now config.{new}."
+  # Of a whole group that is gone, its first key.
+  old = [dotted, *(f"{dotted}.{name}" for name in (value if isinstance(value, Mapping) else ()))]
+  for name in old:
+    if name in RENAMED:
+      return f"config.{name} is now config.{RENAMED[name]}."
   return f"{group}.{key} is unknown; {near(key, known).replace('did you mean ', f'did you mean {group}.')}"
 
 
@@ -182,7 +184,7 @@ def _build(kind: type, values: Any, where: str) -> Any:
     if source := DERIVED.get(kind, {}).get(key):
       raise ValueError(f"{where}.{key} follows from {source}; set that instead.")
     if key not in fields:
-      raise ValueError(unknown_key(key, where, fields))
+      raise ValueError(unknown_key(key, values[key], where, fields))
   declared = {field.name: field for field in dataclasses.fields(kind)}
   missing = [
     name

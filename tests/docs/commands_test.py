@@ -5,18 +5,17 @@ import contextlib
 import inspect
 import io
 import re
-import typing
 
 import pytest
 
 from experiments.configs import countdown_tiny
-from experiments.setup.build import OBJECTIVE_ARGUMENTS, update_options
+from experiments.setup.build import update_options
 from experiments.setup.config_flags import read_config
 from rspo_jax.objectives.advantages import BASELINES, SCALES
 from rspo_jax.objectives.aggregation import AGGREGATIONS
 from rspo_jax.objectives.mismatch import CORRECTIONS
 from rspo_jax.objectives.penalties import KL_ESTIMATORS
-from rspo_jax.objectives.table import OBJECTIVES
+from rspo_jax.objectives.table import OBJECTIVES, objective_options
 from rspo_jax.router.shift import DEVIATIONS, LAYERS, LEVELS
 from rspo_jax.run.metrics import METRICS
 from rspo_jax.types import PLACEMENTS
@@ -49,16 +48,16 @@ def with_flags(flags, objective=None):
   if objective is not None:
     given.objective.name = objective
   for path, text in flags:
-    kind = resolve(path)
-    kinds = [part for part in typing.get_args(kind) or (kind,) if part is not type(None)]
+    resolve(path)
     *groups, last = path.split(".")
     node = given
     for group in groups:
       node = node[group]
-    node[last] = {"true": True, "false": False}[text] if kinds == [bool] else kinds[0](text)
+    kind = node.get_type(last)
+    node[last] = {"true": True, "false": False}[text] if kind is bool else kind(text)
   config = read_config(given)
-  assert config.objective.baseline in (None, *BASELINES)
-  assert config.objective.scale in (None, *SCALES)
+  assert config.advantage.baseline in (None, *BASELINES)
+  assert config.advantage.scale in (None, *SCALES)
   return update_options(config)
 
 
@@ -89,8 +88,8 @@ def test_the_table_of_objectives_is_the_code_s():
 def test_the_defaults_in_the_table_are_those_of_the_function(name):
   (row,) = (row for row in table("name") if code(row["name"]) == [name])
   told = dict(default.split("=") for default in code(row["defaults"]))
-  parameters = inspect.signature(OBJECTIVES[name].objective).parameters.values()
-  own = {p.name: p.default for p in parameters if p.name not in OBJECTIVE_ARGUMENTS}
+  parameters = inspect.signature(OBJECTIVES[name].objective).parameters
+  own = {option: parameters[option].default for option in objective_options(OBJECTIVES[name].objective)}
   assert {key: ast.literal_eval(value) for key, value in told.items()} == own
 
 

@@ -17,8 +17,6 @@ from experiments.config import (
   EvaluationConfig,
   ExperimentConfig,
   ObjectiveConfig,
-  RLConfig,
-  RouterConfig,
   WarmStartConfig,
 )
 from experiments.reporting import plots
@@ -28,10 +26,14 @@ from experiments.reporting.panels import PANELS
 from experiments.reporting.progress import Progress
 from experiments.reporting.summary import summarize
 from experiments.reporting.summary_text import print_summary
+from experiments.setup.config_flags import plain_config
 from models.config import tiny_moe
 from rspo_jax.data.examples import Example
 from rspo_jax.evaluation.completion_log import Completions
 from rspo_jax.rewards.base import Scores
+from rspo_jax.rollout import SamplingOptions
+from rspo_jax.rollout.collector import CollectorOptions
+from rspo_jax.router import ShiftOptions
 from rspo_jax.run.metrics import METRICS, MetricsWriter
 from rspo_jax.run.workdir import dump_json_atomic
 
@@ -44,7 +46,9 @@ CONFIG = ExperimentConfig(
   model=MODEL,
   data=DataConfig(options={"numbers": 3}),
   warm_start=WarmStartConfig(steps=4, wrong_fraction=0.25),
-  rl=RLConfig(steps=20, prompts=8, samples_per_prompt=4),
+  steps=20,
+  collector=CollectorOptions(prompts=8),
+  sampling=SamplingOptions(16, samples_per_prompt=4),
   evaluation=EvaluationConfig(problems=2, samples=2),
 )
 BEFORE = {"eval/success": 0.25, "eval/greedy_success": 0.5, "eval/format": 0.75}
@@ -61,7 +65,7 @@ def rl_row(step):
 
 def make_run(workdir, *, rl_rows=None, before=BEFORE, after=AFTER, config=CONFIG):
   workdir.mkdir(exist_ok=True)
-  dump_json_atomic(workdir / "config.json", dataclasses.asdict(config))
+  dump_json_atomic(workdir / "config.json", plain_config(config))
   rl_rows = [rl_row(step) for step in range(1, 21)] if rl_rows is None else rl_rows
   with MetricsWriter(workdir) as writer:
     for step in range(1, 5):
@@ -167,7 +171,7 @@ def test_standard_error_is_over_problems_and_needs_the_answers_of_the_same_evalu
 )
 @pytest.mark.usefixtures("no_figures")
 def test_summary_and_page_name_the_objective(tmp_path, objective, shift, name):
-  config = dataclasses.replace(CONFIG, objective=ObjectiveConfig(objective), router=RouterConfig(shift=shift))
+  config = dataclasses.replace(CONFIG, objective=ObjectiveConfig(objective), shift=ShiftOptions() if shift else None)
   assert summary_of(make_run(tmp_path), config)["objective"] == name
   assert f"<h1>{name} on countdown</h1>" in html_of(tmp_path, config)
 
@@ -201,7 +205,7 @@ def test_printed_table_shows_before_after_and_the_path_of_the_report(tmp_path):
 )
 @pytest.mark.usefixtures("no_figures")
 def test_run_without_an_evaluation_after_rl_is_reported_as_such(tmp_path, rl_steps, rows, reason):
-  config = dataclasses.replace(CONFIG, rl=dataclasses.replace(CONFIG.rl, steps=rl_steps))
+  config = dataclasses.replace(CONFIG, steps=rl_steps)
   make_run(tmp_path, rl_rows=[rl_row(step) for step in range(rows)], after=None)
   summary = summary_of(tmp_path, config)
   assert (summary["after"], summary["gain"], summary["rl"]["steps"]) == (None, None, rows)

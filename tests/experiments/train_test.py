@@ -12,7 +12,7 @@ import pytest
 
 from experiments.setup.build import build
 from experiments.setup.config_flags import read_config
-from experiments.setup.optimizer import rl_optimizer
+from experiments.setup.optimizer import optimizers
 from rspo_jax.run.checkpoint import Checkpoints
 from rspo_jax.run.fingerprints import fingerprints
 from rspo_jax.run.host_state import abstract_bundle
@@ -63,9 +63,12 @@ def results(workdir):
   given = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
   with given.unlocked(), given.ignore_type():
     given.runtime.mesh = {"data": 8}
-    given.rl.samples_per_prompt, given.rl.prompts = 8, 16  # rows that divide over the test's own eight devices
+    given.sampling.samples_per_prompt, given.collector.prompts = (
+      8,
+      16,
+    )  # rows that divide over the test's own eight devices
   parts = build(read_config(given))
-  optimizer, _ = rl_optimizer(parts.config)
+  optimizer, _ = optimizers(parts.config)["rl"]
   with Checkpoints(workdir, read_only=True) as checkpoints:
     state = abstract_state(parts.policy, optimizer, parts.layout)
     restored = checkpoints.restore(lambda meta: abstract_bundle(state, meta, parts.layout))
@@ -86,7 +89,7 @@ def test_a_run_leaves_everything_the_readme_promises(reference):
   assert list((workdir / "plots").glob("*.png"))
   assert list((workdir / "tensorboard").rglob("events.out.tfevents.*"))
   assert "warm_start" in output and "rl" in output
-  assert "continuous batching compiles: decode 8 rows" in output
+  assert "to compile: decode 8 rows" in output
   summary = json.loads((workdir / "summary.json").read_text())
   assert summary["held_out"]["distinct_problems"] == 20
   rows = read_metrics(workdir / "metrics.jsonl")
@@ -126,19 +129,20 @@ def test_sigterm_saves_and_ends_well_and_the_same_command_continues(reference, c
 
 
 def test_another_config_in_an_old_workdir_is_refused_with_the_differing_keys(reference, cache):
-  process = start(reference[0], cache, **{"rl.steps": 5, "router.shift_floor": 0.5})
+  process = start(reference[0], cache, **{"steps": 5, "shift.floor": 0.5})
   output, _ = process.communicate(timeout=500)
   assert process.returncode == 1
-  assert "rl.steps: 4 -> 5" in output and "router.shift_floor: 0.8 -> 0.5" in output
+  assert "steps: 4 -> 5" in output and "shift.floor: 0.8 -> 0.5" in output
   assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(
   ("key", "value", "message"),
   [
-    ("rl.step", "3", 'Did you mean "steps"'),
-    ("rl.steps", "ten", "config.rl.steps"),
-    ("rl.prompts", "6", "config.rl.prompts"),
+    ("rl.minibatch", "3", 'Did you mean "minibatches"'),
+    ("rl.steps", "3", "config.rl.steps is now config.steps"),
+    ("steps", "ten", "config.steps"),
+    ("collector.prompts", "6", "config.collector.prompts"),
     ("objective.name", "ppo", "want one of cispo"),
     ("data.options.test", "10000000", "distinct Countdown problems"),
   ],

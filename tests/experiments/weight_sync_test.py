@@ -1,4 +1,4 @@
-"""RL with an outside engine: it draws with the weights of the step, and they agree with the trainer's."""
+"""RL with a remote engine: it samples with the weights of the step, and its log-probs agree with the trainer's."""
 
 import functools
 import json
@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.setup.build import build
+from experiments.setup.build import build, build_collector, build_update
 from experiments.setup.config_flags import read_config
+from experiments.setup.optimizer import optimizers
 from experiments.setup.weight_sync import write_weights
 from models.huggingface.checkpoint import load_pretrained
 from models.policy import build_policy
-from rspo_jax.rl_step import build_rl
+from rspo_jax.rl_step import rl_step
 from rspo_jax.rollout.sampling import sample
 from rspo_jax.rollout.token_sampling import SamplingOptions
 from rspo_jax.training.state import init_state
@@ -58,18 +59,18 @@ def make_config(tmp_path_factory, url, **keys):
   given = {
     key.replace(".", "__"): value
     for key, value in SETTINGS.items()
-    if key.startswith(("model.", "data.", "rl.minib", "rl.samples"))
+    if key.startswith(("model.", "data.", "rl.minib", "sampling.samples"))
   }
   given |= {
-    "rl__prompts": 8,
+    "collector__prompts": 8,
     "data__data_dir": str(tmp_path_factory.getbasetemp() / "data"),
     "runtime__mesh": {"data": 8},
     "warm_start__batch_size": 8,
     "mismatch__correction": "tis",
-    "router__replay": "sampler",
-    "objective__entropy_coefficient": 0.1,  # random answers earn nothing, and would teach nothing
-    "sampling__engine": url,
-    "sampling__engine_folder": str(tmp_path_factory.mktemp("published") / "weights"),
+    "update__replay": "sampler",
+    "update__entropy_coefficient": 0.1,  # random answers earn nothing, and would teach nothing
+    "engine__urls": url,
+    "engine__folder": str(tmp_path_factory.mktemp("published") / "weights"),
   }
   return read_config(changed(**given | keys))
 
@@ -79,12 +80,14 @@ def test_two_steps_of_rl_draw_with_the_weights_of_each_and_agree_with_the_traine
     config = make_config(tmp_path_factory, engine.url)
     served = Served(config)
     engine.complete, engine.update = served.complete, served.update
-    parts = build(config)
-    rl = build_rl(parts)
-    state = init_state(parts.policy, rl.optimizer, 0, parts.layout)
+    components = build(config)
+    optimizer, _ = optimizers(config)["rl"]
+    collector, functions = build_collector(components), build_update(components, optimizer)
+    step = functools.partial(rl_step, collector=collector, functions=functions)
+    state = init_state(components.policy, optimizer, 0, components.layout)
     for number in range(2):
       before = jax.device_get(state.params)
-      state, metrics = rl.step(state, number, None)
+      state, metrics = step(state, number)
       assert len(served.loaded) == number + 1  # published once a step
       jax.tree.map(np.testing.assert_array_equal, jax.device_get(served.loaded[-1]), before)
       assert metrics["mismatch/weight_mean"] == pytest.approx(1.0, abs=1e-4)
@@ -93,7 +96,7 @@ def test_two_steps_of_rl_draw_with_the_weights_of_each_and_agree_with_the_traine
     assert not np.array_equal(served.loaded[0]["embedding"], served.loaded[1]["embedding"])
     # An engine with other weights is seen.
     engine.update = lambda body: served.loaded.append(jax.tree.map(lambda leaf: leaf * 1.2, served.loaded[-1]))
-    _, metrics = rl.step(state, 2, None)
+    _, metrics = step(state, 2)
     assert abs(metrics["mismatch/weight_mean"] - 1.0) > 1e-3
 
 
@@ -111,9 +114,7 @@ def test_weights_are_written_over_the_old_ones_and_other_files_stay(tmp_path_fac
 def test_the_model_that_the_run_began_with_is_not_overwritten(tmp_path_factory):
   folder = tmp_path_factory.mktemp("source")
   (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
-  config = make_config(
-    tmp_path_factory, "http://127.0.0.1:1", pretrained=str(folder), sampling__engine_folder=str(folder)
-  )
+  config = make_config(tmp_path_factory, "http://127.0.0.1:1", pretrained=str(folder), engine__folder=str(folder))
   with pytest.raises(ValueError, match="the folder that the model comes from"):
     write_weights(config, {})
 
@@ -121,8 +122,8 @@ def test_the_model_that_the_run_began_with_is_not_overwritten(tmp_path_factory):
 @pytest.mark.parametrize(
   ("keys", "message"),
   [
-    ({"sampling__engine_kind": "tgi"}, "config.sampling.engine_kind is 'tgi'; want one of sglang, vllm"),
-    ({"sampling__engine_folder": ""}, "engine_folder is ''; name a folder"),
+    ({"engine__kind": "tgi"}, "config.engine.kind is 'tgi'; want one of sglang, vllm"),
+    ({"engine__folder": ""}, "config.engine.folder is ''; name a folder"),
     ({"sampling__rows": 8}, "rows are our own sampler's"),
     ({"sampling__temperature": 0.7}, "compares log-probabilities at temperature 1"),
   ],

@@ -19,6 +19,7 @@ from rspo_jax.rollout.remote_engine import (
   update_vllm,
   when_changed,
 )
+from rspo_jax.rollout.samplers import draw_rollout
 from rspo_jax.rollout.sampling import sample
 from rspo_jax.rollout.token_sampling import SamplingOptions
 from tests.support import tiny
@@ -66,7 +67,7 @@ def server(**settings):
 def drawn(urls, options=OPTIONS, tokens=None, first_row=FIRST, **settings):
   engine = RemoteEngine(tiny.policy_and_params()[0], options, urls, **(QUICK | settings))
   given, valid = tiny.prompts()
-  return engine(None, np.asarray(given), np.asarray(valid), KEY, first_row=first_row)
+  return draw_rollout(engine, None, np.asarray(given), np.asarray(valid), KEY, first_row=first_row)
 
 
 def assert_same(found, wanted):
@@ -325,10 +326,10 @@ def test_parameters_are_published_when_they_are_others_and_again_after_a_failure
 def test_weights_are_published_before_the_completions_that_they_draw():
   with server() as engine:
     client = Client(**QUICK)
-    publish = when_changed(lambda params: update_sglang([engine.url], "/weights", client))
-    made = RemoteEngine(tiny.policy_and_params()[0], OPTIONS, engine.url, publish=publish, **QUICK)
+    sync_weights = when_changed(lambda params: update_sglang([engine.url], "/weights", client))
+    made = RemoteEngine(tiny.policy_and_params()[0], OPTIONS, engine.url, sync_weights=sync_weights, **QUICK)
     for _ in range(2):
-      made(tiny.policy_and_params()[1], *map(np.asarray, tiny.prompts()), KEY, first_row=FIRST)
+      draw_rollout(made, tiny.policy_and_params()[1], *map(np.asarray, tiny.prompts()), KEY, first_row=FIRST)
     updates = [row for row, (path, _) in enumerate(engine.requests) if path == "/update_weights_from_disk"]
     assert updates == [0]
     assert engine.requests[0][1] == {"model_path": "/weights", "flush_cache": True}
