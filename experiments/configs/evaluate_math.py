@@ -53,6 +53,7 @@ def get_config(names: str = DEFAULT):
   config = ExperimentConfig(
     seed=0,
     model=None,  # the checkpoint's
+    steps=0,
     data=DataConfig("files", data_dir="../shared/data"),
     sampling=SamplingOptions(max_new_tokens=3072, rows=256),
     evaluation=EvaluationConfig(benchmarks={name: BENCHMARKS[name] for name in wanted}, batch_problems=64),

@@ -17,7 +17,7 @@ def check_config(config: ExperimentConfig) -> None:
   check_reward(config.reward.name, config.reward.options, "config.reward")
   _check_objective(config)
   for where, value, least in (
-    ("config.sampling.samples_per_prompt", config.sampling.samples_per_prompt, 2),
+    ("config.sampling.samples_per_prompt", config.sampling.samples_per_prompt, 2 if config.steps else 1),
     ("config.checkpoint.every", config.checkpoint.every, 1),
     ("config.diagnostics.every", config.diagnostics.every, 0),
     ("config.diagnostics.pieces", config.diagnostics.pieces, 2),

@@ -120,7 +120,7 @@ def test_mistakes_end_with_the_place_and_the_cure(tmp_path):
 def test_a_run_begins_with_pretrained_weights_and_fresh_adapters(tmp_path):
   from experiments.config import ExperimentConfig, OptimizerConfig, RuntimeConfig
   from experiments.setup.build import build
-  from experiments.setup.optimizer import make_optimizer, untrained_patterns
+  from experiments.setup.optimizer import make_optimizer
 
   made = source(tmp_path / "hf", "qwen3_moe", "float32")
   model = dataclasses.replace(model_files.read_model(made), lora=LoraConfig(2, targets=("attention/query$",)))
@@ -130,7 +130,7 @@ def test_a_run_begins_with_pretrained_weights_and_fresh_adapters(tmp_path):
   )
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=str(tmp_path), options=data))
   parts = build(config)
-  optimizer, _ = make_optimizer(OptimizerConfig(), 10, frozen=untrained_patterns(model))
+  optimizer, _ = make_optimizer(OptimizerConfig(), 10, model)
   state = model_files.initial_state(parts, optimizer)
   _, params = load_pretrained(made)
   attention = state.params["layers_0"]["attention"]

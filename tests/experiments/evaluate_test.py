@@ -23,8 +23,9 @@ from experiments.reporting.progress import Progress
 from experiments.setup import benchmarks, model_files
 from experiments.setup.benchmarks import make_benchmarks, programs
 from experiments.setup.build import build
-from experiments.setup.config_flags import check_divides, config_dict, read_config
-from experiments.setup.optimizer import make_optimizer
+from experiments.setup.checks import check_divides
+from experiments.setup.config_flags import config_dict, plain_config, read_config
+from experiments.setup.optimizer import optimizers
 from rspo_jax.evaluation.completion_log import read_lines
 from rspo_jax.run.checkpoint import Checkpoints
 from rspo_jax.run.metrics import MetricsWriter
@@ -44,7 +45,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_are_compiled_once():
-  """One set of parts for equal configs, so that only the first evaluation compiles."""
+  """One set of components for equal configs, so that only the first evaluation compiles."""
 
   @functools.cache
   def remembered(key):
@@ -53,7 +54,7 @@ def programs_are_compiled_once():
   configs = {}
 
   def cached(config, *, training):
-    key = json.dumps(dataclasses.asdict(dataclasses.replace(config, evaluation=EvaluationConfig())), sort_keys=True)
+    key = json.dumps(plain_config(dataclasses.replace(config, evaluation=EvaluationConfig())), sort_keys=True)
     configs.setdefault(key, config)
     return remembered(key)._replace(config=config)
 
@@ -87,12 +88,12 @@ def wanted(home, **evaluation_settings):
 def run_folder(home):
   """The workdir of a run with two checkpoints, the older one the better."""
   config = read_config(wanted(home))
-  parts = build(config)
-  optimizer, _ = make_optimizer(config.warm_start.optimizer, config.warm_start.steps)
-  state = init_state(parts.policy, optimizer, 0, parts.layout)
+  components = build(config)
+  optimizer, _ = optimizers(config)["warm_start"]
+  state = init_state(components.policy, optimizer, 0, components.layout)
   folder = home / "run"
   folder.mkdir()
-  dump_json_atomic(folder / "config.json", dataclasses.asdict(config))
+  dump_json_atomic(folder / "config.json", plain_config(config))
   with Checkpoints(folder) as checkpoints:
     for step, success in ((2, 0.5), (3, 0.25)):
       state = state.replace(params=jax.tree.map(lambda leaf: 1.01 * leaf, state.params))
@@ -250,7 +251,7 @@ def test_mistakes_are_told_before_anything_is_drawn(home, run_folder, tmp_path):
     changed(f"{easy}.data.name", "nowhere")
   )
   assert "config.evaluation.benchmarks.easy.reward.name is 'luck'" in complaint(changed(f"{easy}.reward.name", "luck"))
-  assert "k is (1, 8) with 4 samples a problem" in complaint(changed(f"{easy}.k", (1, 8)))
+  assert "k is (1, 8) with 4 samples per problem" in complaint(changed(f"{easy}.k", (1, 8)))
   assert "config.evaluation.k is (5,) with 4 samples" in complaint(changed("evaluation.k", (5,)))
   assert "did you mean config.evaluation.benchmarks.easy.samples" in complaint(changed(f"{easy}.sample", 3))
   with pytest.raises(ValueError, match="easy.batch_problems is 12, which does not divide over the 8 batch shards"):
@@ -277,18 +278,20 @@ def test_a_second_evaluation_in_the_same_workdir_has_to_wait(home, whole, run_fo
 
 def test_programs_are_shared_by_benchmarks_of_one_shape(home, run_folder):
   config = evaluate.complete_config(wanted(home), run_folder)
-  benchmarks = make_benchmarks(evaluate.build(config, training=False))
-  lines = programs(benchmarks)
-  assert len(lines) == 3 and lines[0].endswith("T = 1: easy") and lines[1].endswith("greedy: easy")
+  components = evaluate.build(config, training=False)
+  benchmarks = make_benchmarks(components)
+  listed = programs(components, benchmarks)
+  assert len(listed) == 3 and [users for _, users in listed] == [["easy"], ["easy"], ["odd"]]
+  assert "at T = 1" in listed[0][0].name and "greedily" in listed[1][0].name
   assert {benchmark.prompt_length for benchmark in benchmarks} == {16}  # a power of two
   assert benchmarks[0].batch_problems == BATCH
 
 
 def test_in_training_benchmarks_have_metrics_of_their_own_and_success_is_their_mean(home, run_folder, tmp_path):
   config = evaluate.complete_config(wanted(home), run_folder)
-  parts = evaluate.build(config, training=False)
-  params = model_files.load_model(run_folder, parts.layout).params
-  metrics, sampled = benchmarks.evaluate(parts, params, make_benchmarks(parts))
+  components = evaluate.build(config, training=False)
+  params = model_files.load_model(run_folder, components.layout).params
+  metrics, sampled = benchmarks.evaluate(components, params, make_benchmarks(components))
   assert metrics["eval/success"] == pytest.approx((metrics["eval/easy/avg"] + metrics["eval/odd/avg"]) / 2)
   assert metrics["eval/greedy_success"] == metrics["eval/easy/greedy"]
   assert [piece.samples for piece in sampled] == [SAMPLES, SAMPLES // 2]
