@@ -257,7 +257,7 @@ class ExperimentConfig:
   advantage: AdvantageOptions = AdvantageOptions()
   shift: ShiftOptions | None = ShiftOptions()
   mismatch: MismatchOptions | None = None
-  update: UpdateOptions = UpdateOptions()
+  loss: UpdateOptions = UpdateOptions()
   rl: RLOptions = RLOptions()
   optimizer: OptimizerConfig = OptimizerConfig()
   warm_start: WarmStartConfig = WarmStartConfig()

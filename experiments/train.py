@@ -103,7 +103,7 @@ class Run:
     Args:
       done: RL steps taken; at 0 these are the present parameters.
     """
-    if not (self.config.update.kl_coefficient or self.config.rl.reward_kl_coefficient):
+    if not (self.config.loss.kl_coefficient or self.config.rl.reward_kl_coefficient):
       return None
     with Checkpoints(self.workdir / "reference", keep=1) as kept:
       if done == 0:

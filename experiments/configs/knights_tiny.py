@@ -45,7 +45,7 @@ def get_config():
       reward=RewardConfig(name="knights", options={"format_reward": 0.1}),
       sampling=SamplingOptions(max_new_tokens=8, samples_per_prompt=8),
       # A problem has one right answer and eight samples soon agree on one: entropy and fresh groups keep RL learning.
-      update=UpdateOptions(entropy_coefficient=0.2),
+      loss=UpdateOptions(entropy_coefficient=0.2),
       warm_start=WarmStartConfig(
         steps=130,
         batch_size=128,

@@ -127,7 +127,7 @@ def longest_prompt(examples: Sequence[Example], tokenizer: Tokenizer) -> int:
 def build_collector(components: Components) -> Collector:
   """The groups that RL trains on."""
   config = components.config
-  options = components.sampling_options(record_experts=config.update.replay == "sampler")
+  options = components.sampling_options(record_experts=config.loss.replay == "sampler")
   sampler = components.sampler(
     options, config.collector.prompts, components.prompt_length, resume=config.collector.carry_over > 0
   )
@@ -165,22 +165,22 @@ def build_diagnostics(components: Components) -> Callable:
   """(state, minibatch) -> costly metrics: gradient noise by module group, and the replay attribution."""
   config = components.config
   noise = jax.jit(make_gradient_noise(components.policy, update_options(config), config.diagnostics.pieces))
-  attribution = jax.jit(make_replay_attribution(components.policy, logits_chunk=config.update.logits_chunk))
+  attribution = jax.jit(make_replay_attribution(components.policy, logits_chunk=config.loss.logits_chunk))
   return lambda state, batch: noise(state, batch) | attribution(state.params, batch)
 
 
 def update_options(config: ExperimentConfig) -> UpdateOptions:
-  """`config.update` with the fields that other groups decide."""
+  """`config.loss` with the fields that other groups decide."""
   recipe = make_objective(config.objective.name, **config.objective.options)
   shift = config.shift
   if shift is not None:
     # A train state counts the updates of both phases.
     shift = dataclasses.replace(shift, floor_begin=config.warm_start.steps)
   return dataclasses.replace(
-    config.update,
+    config.loss,
     objective=recipe.objective,
-    aggregation=config.update.aggregation or recipe.aggregation,
-    norm_length=config.update.norm_length or config.sampling.max_new_tokens,
+    aggregation=config.loss.aggregation or recipe.aggregation,
+    norm_length=config.loss.norm_length or config.sampling.max_new_tokens,
     shift=shift,
     mismatch=config.mismatch,
     frozen=frozen_parameters(config.optimizer, config.model),

@@ -32,11 +32,11 @@ def check_config(config: ExperimentConfig) -> None:
       f"config.collector.overlong_buffer is {config.collector.overlong_buffer} and config.reward holds the length "
       "reward: long completions would be penalised twice. Set overlong_buffer to 0, or leave the length reward out."
     )
-  if config.collector.prompts % (config.rl.minibatches * config.update.microbatches):
+  if config.collector.prompts % (config.rl.minibatches * config.loss.microbatches):
     raise ValueError(
       f"config.collector.prompts is {config.collector.prompts}, which does not divide into {config.rl.minibatches} "
-      f"minibatches of {config.update.microbatches} microbatches; make it a multiple of config.rl.minibatches * "
-      "config.update.microbatches."
+      f"minibatches of {config.loss.microbatches} microbatches; make it a multiple of config.rl.minibatches * "
+      "config.loss.microbatches."
     )
   _check_evaluation(config.evaluation)
   _check_engine(config)
@@ -111,7 +111,7 @@ def check_divides(config: ExperimentConfig, shards: int, *, training: bool = Tru
     ValueError: names the first key that does not divide.
   """
   rollout = config.collector.prompts * config.sampling.samples_per_prompt
-  rows = rollout // (config.rl.minibatches * config.update.microbatches)
+  rows = rollout // (config.rl.minibatches * config.loss.microbatches)
   noise_rows = rollout // config.rl.minibatches if config.diagnostics.every else 0
   of_training = (
     ("config.collector.prompts (prompts are prefilled over the mesh)", config.collector.prompts),

@@ -27,7 +27,7 @@ from rspo_jax.training.loss import UpdateOptions
 
 # Fields of the library's options that follow from other keys, and so are no keys themselves.
 DERIVED = {
-  SamplingOptions: {"stop_ids": "config.tokenizer", "record_experts": "config.update.replay"},
+  SamplingOptions: {"stop_ids": "config.tokenizer", "record_experts": "config.loss.replay"},
   ShiftOptions: {"floor_begin": "config.warm_start.steps"},
   UpdateOptions: {
     "objective": "config.objective",
@@ -43,8 +43,8 @@ RENAMED = {
   "rl.optimizer": "optimizer",
   "rl.frozen": "optimizer.frozen",
   "rl.samples_per_prompt": "sampling.samples_per_prompt",
-  "rl.microbatches": "update.microbatches",
-  "rl.logits_chunk": "update.logits_chunk",
+  "rl.microbatches": "loss.microbatches",
+  "rl.logits_chunk": "loss.logits_chunk",
   **{
     f"rl.{name}": f"collector.{name}"
     for name in (
@@ -61,26 +61,26 @@ RENAMED = {
     for name in ("eps_low", "eps_high", "dual_clip", "tau_pos", "tau_neg", "bounds", "ratio", "length_epsilon")
   },
   **{
-    f"objective.{name}": f"update.{name}"
+    f"objective.{name}": f"loss.{name}"
     for name in ("aggregation", "norm_length", "kl_coefficient", "kl_estimator", "entropy_coefficient")
   },
   "objective.baseline": "advantage.baseline",
   "objective.scale": "advantage.scale",
   "objective.ddof": "advantage.ddof",
   "objective.std_epsilon": "advantage.epsilon",
-  "objective.kl_in": "update.kl_coefficient (of the loss) or config.rl.reward_kl_coefficient (of the reward)",
+  "objective.kl_in": "loss.kl_coefficient (of the loss) or config.rl.reward_kl_coefficient (of the reward)",
   "router.shift": "shift.on",
   "router.shift_floor": "shift.floor",
   "router.shift_floor_start": "shift.floor_start",
   "router.shift_floor_updates": "shift.floor_updates",
   **{f"router.{name}": f"shift.{name}" for name in ("placement", "deviation", "layers", "level")},
-  "router.replay": "update.replay",
-  "router.replay_gates": "update.replay_gates",
+  "router.replay": "loss.replay",
+  "router.replay_gates": "loss.replay_gates",
   "router.freeze": "optimizer.freeze_router",
   "router.learning_rate_multiplier": "optimizer.router_multiplier",
-  "router.load_balance": "update.load_balance_coefficient",
-  "router.z_loss": "update.router_z_coefficient",
-  "router.bias_rate": "update.router_bias_rate",
+  "router.load_balance": "loss.load_balance_coefficient",
+  "router.z_loss": "loss.router_z_coefficient",
+  "router.bias_rate": "loss.router_bias_rate",
   "sampling.engine": "engine.urls",
   **{f"sampling.engine_{name}": f"engine.{name}" for name in ("kind", "folder", "model", "timeout")},
 }

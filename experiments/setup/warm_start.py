@@ -37,7 +37,7 @@ def build_warm_start(
       f"config.sampling.max_new_tokens is {config.sampling.max_new_tokens}; raise it."
     )
   update = jit_step(
-    make_supervised_step(components.policy, optimizer, logits_chunk=config.update.logits_chunk),
+    make_supervised_step(components.policy, optimizer, logits_chunk=config.loss.logits_chunk),
     components.layout,
     state_shardings(components.policy, optimizer, components.layout),
   )

@@ -155,7 +155,7 @@ def _experts(response: Mapping[str, Any], choice: Mapping[str, Any], count: int,
     given = (response.get("sglext") or {}).get("routed_experts")
   if given is None:
     raise ValueError(
-      "the answer names no routed experts, which config.update.replay='sampler' needs: start the engine with "
+      "the answer names no routed experts, which config.loss.replay='sampler' needs: start the engine with "
       "--enable-return-routed-experts (vLLM from 0.21 on, SGLang)."
     )
   try:

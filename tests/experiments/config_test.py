@@ -56,7 +56,7 @@ def test_a_config_survives_the_way_through_ml_collections():
     ("model__num_experts_per_tok", 99, "config.model.num_experts_per_tok is 99; want 1 to num_experts"),
     ("shift__floor", 1.5, "in .0, 1"),
     ("shift__placement", "late", "placement is 'late'; want one of"),
-    ("update__replay", "r2", "config.update.replay is 'r2'; want one of"),
+    ("loss__replay", "r2", "config.loss.replay is 'r2'; want one of"),
     ("objective__options__tau_pos", 2.0, "config.objective: .*gmpo.* has no option .tau_pos.; it has .*eps_low"),
     ("advantage__scale", "batch_std", "config.objective: scale is 'batch_std'.*sequence"),
     (

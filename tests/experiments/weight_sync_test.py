@@ -67,8 +67,8 @@ def make_config(tmp_path_factory, url, **keys):
     "runtime__mesh": {"data": 8},
     "warm_start__batch_size": 8,
     "mismatch__correction": "tis",
-    "update__replay": "sampler",
-    "update__entropy_coefficient": 0.1,  # random answers earn nothing, and would teach nothing
+    "loss__replay": "sampler",
+    "loss__entropy_coefficient": 0.1,  # random answers earn nothing, and would teach nothing
     "engine__urls": url,
     "engine__folder": str(tmp_path_factory.mktemp("published") / "weights"),
   }
