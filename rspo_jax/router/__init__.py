@@ -1,7 +1,7 @@
-"""What the router did, and what is made of it: the routing trace, router shift, replay, load balance.
+"""The routing trace and its uses: router shift, routing replay, load balance.
 
-Probes (functions on one layer's router output, called inside the layer scan) and arithmetic on what they return.
-Nothing here runs a model or knows an objective.
+Probes (functions of one layer's router output, called inside the layer scan) and arithmetic on their outputs. Functions
+that run a model belong in `rspo_jax.training`, objectives in `rspo_jax.objectives`.
 """
 
 from rspo_jax.router.balance import BalanceSums, balance_probe, load_balance_loss, router_bias_step, router_z_loss

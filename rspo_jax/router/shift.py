@@ -1,11 +1,11 @@
-"""Router shift: how far the router moved since the rollout, and how much trust that leaves in a token.
+"""Router shift: the deviation of the router since the rollout, and the trust in each token that follows from it.
 
-    deviation of a layer  d[l, t]  how the router's view of the OLD experts changed (`DEVIATIONS`)
+    deviation of a layer  d[l, t]  change of the router's log-probabilities of the OLD experts (`DEVIATIONS`)
     of a token            D[t]     over layers (`LAYERS`), then per token or over the sequence (`LEVELS`)
     trust                 gamma[t] = max(exp(-D[t]), floor), always without gradient
 
-The paper's choice is every default here: absolute log-difference, mean over layers, per token, floor 0.8, before the
-clip (arXiv 2510.23027v2). The others are there to be compared with it.
+The defaults are the paper's: absolute log-difference, mean over layers, per token, floor 0.8, before the clip
+(arXiv 2510.23027v2). The alternatives exist for comparison.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def router_drift(new_log_prob: Array, old_log_prob: Array, *, squared: bool = Fa
   Args:
     new_log_prob, old_log_prob: [..., K], nats, of the experts the OLD policy chose.
   Returns:
-    [...] float32, nats (or nats^2), >= 0. Average it over layers for the Delta of router shift.
+    [...] float32, nats (or nats^2), >= 0. Its mean over layers is the Delta of router shift.
   Source: RSPO, arXiv 2510.23027v2.
   """
   change = new_log_prob.astype(jnp.float32) - old_log_prob.astype(jnp.float32)
@@ -102,18 +102,24 @@ def router_kl(new_log_prob: Array, old_log_prob: Array) -> Array:
     [...] float32, nats, >= 0; exactly 0 for equal input.
   """
   new, old = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (new_log_prob, old_log_prob))
-  unmoved = jnp.all(new_log_prob == old_log_prob, axis=-1)  # two normalisers of equal input may differ in rounding
+  unmoved = jnp.all(new_log_prob == old_log_prob, axis=-1)  # XLA may round the two normalisations of it differently
   return jnp.where(unmoved, 0.0, jnp.maximum(jnp.sum(jnp.exp(old) * (old - new), axis=-1), 0.0))
 
 
 def expert_overlap(new_index: Array, old_index: Array) -> Array:
-  """[..., K] new and old experts (each distinct) -> [...] float32, the share of the old ones still chosen."""
+  """[..., K] new and old experts (distinct) -> [...] float32 in [0, 1], the share of the old ones still chosen."""
   same = new_index[..., None, :].astype(jnp.int32) == old_index[..., :, None].astype(jnp.int32)
   return same.any(axis=-1).mean(axis=-1, dtype=jnp.float32)
 
 
 def layer_deviation(kind: str, new: RoutingTrace, old: RoutingTrace) -> Array:
-  """One layer's deviation [B, T]. new: expert_index is the live choice, log_prob is of the OLD experts."""
+  """One layer's deviation, [B, T] float32, >= 0.
+
+  Args:
+    kind: one of `DEVIATIONS`.
+    new, old: of one layer, [B, T, ...]. `new.expert_index` is the current choice, `new.log_prob` of the OLD experts.
+      "kl" reads `all_log_prob` of both.
+  """
   if kind == "kl":
     return router_kl(new.all_log_prob, old.all_log_prob)
   if kind == "overlap":
@@ -122,10 +128,10 @@ def layer_deviation(kind: str, new: RoutingTrace, old: RoutingTrace) -> Array:
 
 
 def combine_deviation(by_layer: Array, mask: Array, options: ShiftOptions) -> Array:
-  """The deviation of every token, over layers and, if asked for, over its sequence.
+  """The deviation of every token, over layers and, for level "sequence", over the tokens of its row.
 
   Args:
-    by_layer: [L, B, T]. mask: [B, T] bool, the tokens the policy chose.
+    by_layer: [L, B, T]. mask: [B, T] bool, the tokens the policy sampled.
   Returns:
     [B, T] float32, >= 0, in the unit of `options.deviation`.
   """
@@ -143,17 +149,17 @@ def router_log_shift(drift: Array, *, floor: float | Array) -> Array:
   Args:
     drift: [B, T] deviation of the router, >= 0 (the paper's: mean absolute change of the old experts' router
       log-probs over experts and layers, nats).
-    floor: smallest trust, in (0, 1]; the paper uses 0.8; 1 switches router shift off. An array (a schedule's
-      value) is taken as it is.
+    floor: smallest trust, in (0, 1]; the paper uses 0.8; 1 switches router shift off. The range of an array (the value
+      of a schedule) is not checked.
   Returns:
     [B, T] float32, nats, in [log(floor), 0]; carries no gradient.
   Raises:
-    ValueError: a number outside (0, 1].
+    ValueError: a float outside (0, 1].
   Source: RSPO, arXiv 2510.23027v2.
   """
   if isinstance(floor, jax.Array):
-    lowest = jnp.log(floor)
+    log_floor = jnp.log(floor)
   else:
     _check_floor(floor, "floor")
-    lowest = math.log(floor)
-  return jax.lax.stop_gradient(jnp.maximum(-drift.astype(jnp.float32), lowest))
+    log_floor = math.log(floor)
+  return jax.lax.stop_gradient(jnp.maximum(-drift.astype(jnp.float32), log_floor))
