@@ -1,4 +1,4 @@
-"""Device meshes, made in one place, and the one table that maps logical axes to mesh axes."""
+"""Device meshes, the table that maps logical axes to mesh axes, and moving batches onto a mesh and back."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from rspo_jax.types import Layout, Params, Policy
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
-# Activations split their rows over every axis but "tensor"; parameters split their width over "fsdp" and their heads,
-# inner widths and vocabulary over "tensor"; the experts themselves over "expert".
+# Rows of activations are split over every axis but "tensor". Parameters: the width is split over "fsdp", heads, inner
+# widths and vocabulary over "tensor", experts over "expert".
 RULES = {
   "batch": ("data", "fsdp", "expert"),
   "layers": None,
@@ -35,7 +35,7 @@ def make_layout(shape: Mapping[str, int] | None = None, devices: Sequence[jax.De
 
   Args:
     shape: size of any of the axes 'data', 'fsdp', 'expert', 'tensor'; an absent axis has size 1. At most one size may
-      be -1: it takes the devices that are left. None puts every device on 'data'.
+      be -1: all remaining devices. None puts every device on 'data'.
   Raises:
     ValueError: an unknown axis, or sizes whose product is not the number of devices.
   """
@@ -49,9 +49,9 @@ def make_layout(shape: Mapping[str, int] | None = None, devices: Sequence[jax.De
   if min(sizes) < 1 or math.prod(sizes) != len(devices):
     raise ValueError(
       f"a mesh of {dict(zip(AXES, sizes, strict=True))} does not cover {len(devices)} devices; make the product of the "
-      "sizes equal to that number (one axis may be -1, which takes what is left)."
+      "sizes equal to that number (one axis may be -1: all remaining devices)."
     )
-  # Auto axes: explicit ones make linen's sharded contractions raise.
+  # With explicit axes, linen's sharded contractions raise.
   mesh = Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
   return Layout(mesh, RULES)
 
@@ -60,26 +60,26 @@ def param_shardings(policy: Policy, layout: Layout) -> Params:
   """A sharding for every parameter.
 
   Raises:
-    ValueError: a parameter's axis does not divide by the mesh axis it is split over; names all of them.
+    ValueError: an axis of a parameter is not divisible by the mesh axis it is split over; names all such parameters.
   """
   shapes = jax.eval_shape(policy.init, jax.random.key(0))
-  wrong = []
+  problems = []
 
   def shard(path, shape, logical):
     sharding = layout.sharding(*logical)
     try:
       sharding.shard_shape(shape.shape)
     except ValueError:
-      wrong.append(f"  {jax.tree_util.keystr(path)} {shape.shape} over {sharding.spec}")
+      problems.append(f"  {jax.tree_util.keystr(path)} {shape.shape} over {sharding.spec}")
     return sharding
 
   if policy.logical_axes is None:
     return jax.tree.map(lambda leaf: layout.sharding(), shapes)
   shardings = jax.tree_util.tree_map_with_path(shard, shapes, policy.logical_axes())
-  if wrong:
+  if problems:
     raise ValueError(
       f"these parameters do not divide over the mesh {dict(layout.mesh.shape)}; choose smaller mesh axes:\n"
-      + "\n".join(wrong)
+      + "\n".join(problems)
     )
   return shardings
 
@@ -110,7 +110,10 @@ def platform(layout: Layout | None = None) -> str:
 
 
 def put_batch(batch: Any, layout: Layout) -> Any:
-  """Puts host arrays (every leaf leads with the batch axis, and every process holds all of it) onto the mesh.
+  """Host arrays as device arrays, sharded over their rows.
+
+  Args:
+    batch: a pytree of arrays that lead with the batch axis; every process has all rows.
 
   Raises:
     ValueError: the batch axis does not divide over the mesh.
@@ -130,7 +133,7 @@ def put_batch(batch: Any, layout: Layout) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-  """Device arrays as numpy arrays, whole on every process."""
+  """Device arrays as numpy arrays, complete on every process."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
   return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,6 +1,7 @@
-"""Calls a policy on given tokens: scoring, the loss, the train step and its diagnostics, train states.
+"""Functions that run a policy on given tokens: scoring, the loss, the train step, its diagnostics; and train states.
 
-All functions are pure and meant to be jitted over a mesh. Where the tokens come from is `rspo_jax.rollout`'s business.
+All functions are pure and can be jitted over a mesh. Sampling and everything else that produces tokens or rewards
+belongs in `rspo_jax.rollout` and `rspo_jax.rewards`.
 """
 
 from rspo_jax.training.attribution import (

@@ -1,4 +1,4 @@
-"""What an update tells about itself: importance ratios, clipping, router shift, expert load."""
+"""Metrics of an update: importance ratios, clipping, router shift, expert load."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,9 +14,13 @@ from rspo_jax.types import Array, Weighted
 class TokenStatistics(NamedTuple):
   """Per token, [B, T], slot-aligned.
 
-  log_prob, entropy, log_ratio: nats. clipped_low, clipped_high, stopped: see `rspo_jax.objectives.terms.Terms`.
-  deviation: of the router, over layers; log_shift = log gamma, nats; both None if unwatched. kl: to the reference,
-  nats; mismatch_weight: see `rspo_jax.objectives.mismatch`; None where they are off.
+  Attributes:
+    log_prob, entropy, log_ratio: nats; log_ratio is log pi_new - log pi_old, without router shift.
+    clipped_low, clipped_high, grad_clipped: see `rspo_jax.objectives.terms.Terms`.
+    deviation: of the router, over layers; None without router shift.
+    log_shift: log gamma, nats, <= 0; None without router shift.
+    kl: to the reference policy, nats; None without a KL term.
+    mismatch_weight: see `rspo_jax.objectives.mismatch`; None without a correction.
   """
 
   log_prob: Array
@@ -32,10 +36,11 @@ class TokenStatistics(NamedTuple):
 
 
 class RouterSums(NamedTuple):
-  """Sums over action tokens, which add up over parts of a batch.
+  """Sums over action tokens; those of several parts of a batch add up.
 
-  load: [L, E] int32, choices of each expert. entropy: [L] float32, nats. deviation, overlap: [L] float32; None if the
-  router is not watched.
+  Attributes:
+    load: [L, E] int32, choices of each expert. entropy: [L] float32, nats.
+    deviation, overlap: [L] float32, see `rspo_jax.router.trace.RoutingDrift`; None without router shift.
   """
 
   load: Array
@@ -45,12 +50,12 @@ class RouterSums(NamedTuple):
 
 
 def token_metrics(tokens: TokenStatistics, mask: Array) -> dict[str, Array]:
-  """Metrics of all action tokens of a minibatch; quantiles are exact, so give it the whole minibatch.
+  """Metrics of all action tokens of a minibatch. Quantiles of parts do not add up: pass the whole minibatch.
 
   Args:
     tokens: of the minibatch. mask: [B, T] bool, its action tokens.
   Returns:
-    Scalars under the names of `rspo_jax.run.metrics.METRICS`. Ratios are pi_new / pi_old, without gamma.
+    Scalars by the names of `rspo_jax.run.metrics.METRICS`. Ratios are pi_new / pi_old, without gamma.
   """
 
   def mean(x):
@@ -74,11 +79,11 @@ def token_metrics(tokens: TokenStatistics, mask: Array) -> dict[str, Array]:
   }
   if tokens.log_shift is not None:
     gamma = jnp.exp(tokens.log_shift)
-    p10, middle = masked_quantiles(gamma, mask, (0.1, 0.5))
+    p10, p50 = masked_quantiles(gamma, mask, (0.1, 0.5))
     metrics |= {
       "shift/gamma_mean": mean(gamma),
       "shift/gamma_p10": p10,
-      "shift/gamma_p50": middle,
+      "shift/gamma_p50": p50,
       "shift/floor_fraction": mean(tokens.deviation > -tokens.log_shift),
       "shift/drift": mean(tokens.deviation),
       "shift/ratio_correlation": masked_correlation(tokens.deviation, jnp.abs(tokens.log_ratio), mask),
@@ -94,7 +99,13 @@ def token_metrics(tokens: TokenStatistics, mask: Array) -> dict[str, Array]:
 
 
 def router_metrics(router: RouterSums, mask: Array) -> dict[str, Array]:
-  """Load and entropy and, if the router was watched, drift and overlap of each layer ([L])."""
+  """Metrics of the routers: load and entropy and, with router shift, drift and overlap.
+
+  Args:
+    router: sums over the minibatch. mask: [B, T] bool, its action tokens.
+  Returns:
+    Scalars by the names of `rspo_jax.run.metrics.METRICS`; "*/layer_*" are [L].
+  """
   tokens = mask.sum().astype(jnp.float32)
   metrics = load_metrics(router.load) | {"router/layer_entropy": Weighted(router.entropy, tokens).mean}
   metrics["router/entropy"] = metrics["router/layer_entropy"].mean()
@@ -109,7 +120,7 @@ def router_metrics(router: RouterSums, mask: Array) -> dict[str, Array]:
 
 
 def load_metrics(load: Array) -> dict[str, Array]:
-  """How unevenly the experts are used: load [L, E] -> scalars, means over layers."""
+  """How uneven the load of the experts is: load [L, E] -> scalars, means over layers."""
   load = load.astype(jnp.float32)
   mean = load.mean(axis=-1)
   return {
@@ -119,12 +130,16 @@ def load_metrics(load: Array) -> dict[str, Array]:
 
 
 def over_updates(updates: Sequence[dict[str, Array]]) -> dict[str, Array]:
-  """One row of metrics for the updates of a step: means, but the largest "ratio/max" and the last count of skips."""
+  """Metrics of an RL step from those of its updates: means, but the largest "ratio/max" and last "updates/skipped"."""
   combine = {"ratio/max": lambda x: x.max(axis=0), "updates/skipped": lambda x: x[-1]}
   stacked = jax.tree.map(lambda *values: jnp.stack(values), *updates)
   return {name: combine.get(name, lambda x: x.mean(axis=0))(values) for name, values in stacked.items()}
 
 
 def approx_kl(log_ratio: Array, mask: Array) -> Weighted:
-  """Mean k3 estimate of KL(pi_old || pi_new) where mask, nats, from log pi_new - log pi_old at tokens pi_old drew."""
+  """Mean k3 estimate of KL(pi_old || pi_new), nats.
+
+  Args:
+    log_ratio: [B, T] log pi_new - log pi_old, nats, of tokens sampled from pi_old. mask: [B, T] bool.
+  """
   return masked_mean(kl(-jnp.where(mask, log_ratio, 0), jnp.zeros(()), "k3"), mask)

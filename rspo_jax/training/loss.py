@@ -1,4 +1,4 @@
-"""The loss of a minibatch, or of a piece of one, with everything an update may add to its objective."""
+"""The loss of a minibatch, or of one of its microbatches: the objective and the optional terms of an update."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from rspo_jax.router import balance
 from rspo_jax.router.shift import ShiftOptions, combine_deviation, router_log_shift
 from rspo_jax.router.trace import drift_probe, load_probe, replay_from_trace, to_positions, to_slots, trace_probe_inputs
 from rspo_jax.training.diagnostics import RouterSums, TokenStatistics
-from rspo_jax.training.minibatches import split_rows
+from rspo_jax.training.minibatches import split_rows, sum_devices
 from rspo_jax.training.parameters import stop_gradients
 from rspo_jax.training.scoring import token_log_prob
 from rspo_jax.types import Array, Params, Policy, TrainBatch, TrainState
@@ -92,7 +92,7 @@ class UpdateOptions:
         "new tokens a completion may have."
       )
     if self.microbatches < 1 or self.logits_chunk < 1:
-      raise ValueError(f"microbatches is {self.microbatches} and logits_chunk {self.logits_chunk}; both start at 1.")
+      raise ValueError(f"microbatches is {self.microbatches} and logits_chunk {self.logits_chunk}; want both >= 1.")
 
   @property
   def uses_balance_losses(self) -> bool:
@@ -105,18 +105,26 @@ class UpdateOptions:
 
 
 class LossAux(NamedTuple):
-  """What a loss hands out beside its value. rows: arrays [b, ...] of the microbatch's rows, put together again; sums:
-  arrays that add up over microbatches and devices."""
+  """Outputs of a loss besides its value.
+
+  Attributes:
+    rows: arrays [b, ...], one entry per row of the microbatch; joined over microbatches and devices.
+    sums: arrays that add up over microbatches and devices.
+  """
 
   rows: Any
   sums: Any
 
 
 class Normalisers(NamedTuple):
-  """What the losses of a minibatch's pieces are divided by; known before any gradient.
+  """Values of the whole minibatch that the losses of its microbatches need; computed before any gradient.
 
-  weight: [], of the objective's aggregation. tokens: [], valid tokens. choices: [L, E] int32, of the experts over the
-  whole minibatch; None where the piece is the whole or nothing asks for it. floor: of router shift, None without.
+  Attributes:
+    weight: [] float32, of the objective's aggregation, >= 1.
+    tokens: [], valid tokens, >= 1.
+    choices: [L, E] int32, of each expert over the minibatch; None without balance losses, or if the microbatch is the
+      whole minibatch.
+    floor: of router shift; None without router shift.
   """
 
   weight: Array
@@ -126,26 +134,22 @@ class Normalisers(NamedTuple):
 
 
 def make_loss(policy: Policy, options: UpdateOptions) -> Callable[..., tuple[Array, LossAux]]:
-  """The loss of one piece of a minibatch: (params, batch, Normalisers) -> (loss [], Pieces).
+  """The loss of one microbatch: (params, batch, Normalisers) -> (loss [], LossAux).
 
-  The losses of all pieces, and their gradients, add up to those of the minibatch. Raises ValueError where the batch
-  lacks what the options ask for.
+  The losses of all microbatches, and their gradients, add up to those of the minibatch.
   """
+  objective, mode = options.objective, options.aggregation or DEFAULT_AGGREGATION
   if options.shift is not None:
-    objective = functools.partial(options.objective, placement=options.shift.placement)
-  else:
-    objective = options.objective
+    objective = functools.partial(objective, placement=options.shift.placement)
 
-  mode = options.aggregation or DEFAULT_AGGREGATION
-
-  def mean_of(values: Array, mask: Array, norms: Normalisers) -> Array:
+  def mean(values: Array, mask: Array, norms: Normalisers) -> Array:
     values = jnp.where(mask, values, 0)
     return aggregate(values, mask, mode, norm_length=options.norm_length).total / norms.weight
 
   def loss(params: Params, batch: TrainBatch, norms: Normalisers) -> tuple[Array, LossAux]:
     mask = batch.action_mask
     params = stop_gradients(params, options.frozen)
-    hidden, by_layer, router, load = _watched_forward(policy, params, batch, options)
+    hidden, by_layer, router, balance_sums = _probed_forward(policy, params, batch, options)
     deviation = log_shift = weight = kl = None
     if options.shift is not None:
       deviation = combine_deviation(by_layer, mask, options.shift)
@@ -157,34 +161,30 @@ def make_loss(policy: Policy, options: UpdateOptions) -> Callable[..., tuple[Arr
     if options.mismatch is not None:
       weight = mismatch_weight(batch.old_log_prob, batch.sampler_log_prob, mask, options.mismatch)
       values = values * weight
-    gain = mean_of(values, mask, norms)
+    gain = mean(values, mask, norms)
     if options.entropy_coefficient:
-      gain += options.entropy_coefficient * mean_of(entropy, mask, norms)
+      gain += options.entropy_coefficient * mean(entropy, mask, norms)
     if options.kl_coefficient:
       kl = penalties.kl(log_prob, batch.reference_log_prob, options.kl_estimator)
-      gain -= options.kl_coefficient * mean_of(kl, mask, norms)
+      gain -= options.kl_coefficient * mean(kl, mask, norms)
     losses = {}
     if options.uses_balance_losses:
-      choices = load.choices if norms.choices is None else norms.choices
-      losses = {
-        "loss/load_balance": balance.load_balance_loss(load.probability, choices, norms.tokens),
-        "loss/router_z": balance.router_z_loss(load.z, norms.tokens),
-      }
+      losses = _balance_losses(balance_sums, norms)
       gain -= options.load_balance_coefficient * losses["loss/load_balance"]
       gain -= options.router_z_coefficient * losses["loss/router_z"]
-    seen = TokenStatistics(
-      log_prob,
-      entropy,
-      log_ratio,
-      terms.clipped_low,
-      terms.clipped_high,
-      terms.grad_clipped,
-      deviation,
-      log_shift,
-      kl,
-      weight,
+    statistics = TokenStatistics(
+      log_prob=log_prob,
+      entropy=entropy,
+      log_ratio=log_ratio,
+      clipped_low=terms.clipped_low,
+      clipped_high=terms.clipped_high,
+      grad_clipped=terms.grad_clipped,
+      deviation=deviation,
+      log_shift=log_shift,
+      kl=kl,
+      mismatch_weight=weight,
     )
-    return -gain, LossAux(*jax.lax.stop_gradient((seen, (router, losses))))
+    return -gain, LossAux(*jax.lax.stop_gradient((statistics, (router, losses))))
 
   return loss
 
@@ -198,61 +198,71 @@ def normalisers(
   pieces: int,
   axis_name: str | None = None,
 ) -> Normalisers:
-  """`Normalisers` of a whole minibatch whose loss is taken in so many pieces; under `pmap`, of that which all devices
-  share."""
+  """`Normalisers` of a whole minibatch, under `jax.pmap` of that of all devices.
+
+  Args:
+    pieces: microbatches that the loss is computed in. axis_name: of `jax.pmap`, or None.
+  Raises:
+    ValueError: the batch lacks a field that the options need.
+  """
   _check_batch(batch, options)
-
-  def everywhere(x):
-    return x if axis_name is None else jax.lax.psum(x, axis_name)
-
+  weight = aggregation_weight(batch.action_mask, options.aggregation or DEFAULT_AGGREGATION)
   # At least 1, so that an empty minibatch gives 0 and not NaN.
-  mode = options.aggregation or DEFAULT_AGGREGATION
-  weight = jnp.maximum(everywhere(aggregation_weight(batch.action_mask, mode)), 1)
-  tokens = jnp.maximum(everywhere(batch.valid.sum()), 1)
+  weight, tokens = (jnp.maximum(sum_devices(x, axis_name), 1) for x in (weight, batch.valid.sum()))
   choices = None
   if options.uses_balance_losses and (pieces > 1 or axis_name is not None):
-    count = lambda part: _watched_forward(policy, state.params, part, options)[3].choices  # noqa: E731
-    choices = everywhere(jax.lax.map(count, split_rows(batch, pieces)).sum(axis=0))
+
+    def count(piece):
+      return _probed_forward(policy, state.params, piece, options)[3].choices
+
+    choices = sum_devices(jax.lax.map(count, split_rows(batch, pieces)).sum(axis=0), axis_name)
   return Normalisers(weight, tokens, choices, None if options.shift is None else options.shift.floor_at(state.step))
+
+
+def _balance_losses(sums: balance.BalanceSums, norms: Normalisers) -> dict[str, Array]:
+  choices = sums.choices if norms.choices is None else norms.choices
+  return {
+    "loss/load_balance": balance.load_balance_loss(sums.probability, choices, norms.tokens),
+    "loss/router_z": balance.router_z_loss(sums.z, norms.tokens),
+  }
 
 
 def _check_batch(batch: TrainBatch, options: UpdateOptions) -> None:
   chex.assert_equal_shape([batch.tokens, batch.valid, batch.action_mask, batch.old_log_prob])
-  for wanted, field, cure in (
+  for needed, field, cure in (
     (options.shift is not None, "old_routing", "put the trace of `scoring.score` into it, or set shift to None"),
     (options.replay != "none", "old_routing", "put the trace of `scoring.score` into it, or set replay to 'none'"),
     (options.mismatch is not None, "sampler_log_prob", "put `Rollout.log_prob` into it, or set mismatch to None"),
     (options.kl_coefficient != 0, "reference_log_prob", "score the reference policy, or set kl_coefficient to 0"),
   ):
-    if wanted and getattr(batch, field) is None:
-      raise ValueError(f"the options ask for {field}, but the batch has none; {cure}.")
+    if needed and getattr(batch, field) is None:
+      raise ValueError(f"the options need {field}, but the batch has none; {cure}.")
   deviation = options.shift.deviation if options.shift else ""
   if deviation == "kl" and batch.old_routing.all_log_prob is None:
     raise ValueError("deviation 'kl' needs the log-probabilities of all experts; score with all_experts=True.")
 
 
-def _watched_forward(policy: Policy, params: Params, batch: TrainBatch, options: UpdateOptions):
+def _probed_forward(policy: Policy, params: Params, batch: TrainBatch, options: UpdateOptions):
   """One training forward: (hidden, deviation by layer [L, B, T] by slot or None, RouterSums, BalanceSums or None)."""
-  at = to_positions(batch.action_mask)
-  tracked = options.shift is not None
-  if tracked:
-    watch = drift_probe(policy.router_log_prob, at, deviation=options.shift.deviation)
+  actions = to_positions(batch.action_mask)
+  if options.shift is None:
+    probe_routing = load_probe(policy.router_log_prob, actions)
   else:
-    watch = load_probe(policy.router_log_prob, at)
-  load = balance.balance_probe(batch.valid) if options.uses_balance_losses else lambda router, probe_inputs: None
+    probe_routing = drift_probe(policy.router_log_prob, actions, deviation=options.shift.deviation)
+  probe_balance = balance.balance_probe(batch.valid) if options.uses_balance_losses else lambda router, inputs: None
   replay = None
   if options.replay != "none":
     replay = replay_from_trace(batch.old_routing, gates=options.replay_gates)
-  hidden, (seen, balanced) = policy.forward(
+  hidden, (routing, balance_sums) = policy.forward(
     params,
     batch.tokens,
     batch.valid,
-    probe=lambda router, probe_inputs: (watch(router, probe_inputs), load(router, probe_inputs)),
-    probe_inputs=trace_probe_inputs(batch.old_routing.replace(gate=None)) if tracked else None,
+    probe=lambda router, inputs: (probe_routing(router, inputs), probe_balance(router, inputs)),
+    probe_inputs=None if options.shift is None else trace_probe_inputs(batch.old_routing.replace(gate=None)),
     replay=replay,
   )
-  if not tracked:
-    return hidden, None, RouterSums(seen.load, seen.entropy), balanced
-  by_layer = to_slots(seen.deviation, axis=2)
-  total = jnp.sum(jnp.where(batch.action_mask, by_layer, 0), axis=(1, 2))
-  return hidden, by_layer, RouterSums(seen.load, seen.entropy, total, seen.overlap), balanced
+  if options.shift is None:
+    return hidden, None, RouterSums(routing.load, routing.entropy), balance_sums
+  by_layer = to_slots(routing.deviation, axis=2)
+  deviation = jnp.sum(jnp.where(batch.action_mask, by_layer, 0), axis=(1, 2))
+  return hidden, by_layer, RouterSums(routing.load, routing.entropy, deviation, routing.overlap), balance_sums

@@ -1,4 +1,4 @@
-"""Cutting a batch into equal pieces, and putting per-row results together again."""
+"""Splitting a batch into equal pieces, and combining results over pieces and devices."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ import jax
 
 
 def split_rows(tree: Any, pieces: int, *, group: int = 1) -> Any:
-  """[B, ...] -> [pieces, B / pieces, ...], dealing out groups of `group` neighbouring rows in turn.
+  """[B, ...] -> [pieces, B / pieces, ...]: piece i has groups i, i + pieces, ... of `group` neighbouring rows each.
 
-  Dealing in turn (piece i takes groups i, i + pieces, ...) keeps every piece spread over all devices that hold rows.
+  With this order, every piece is spread over all devices that hold rows.
 
   Raises:
-    ValueError: the groups do not divide by `pieces`.
+    ValueError: the number of groups is not a multiple of `pieces`.
   """
 
   def split(leaf):
@@ -19,12 +19,22 @@ def split_rows(tree: Any, pieces: int, *, group: int = 1) -> Any:
       raise ValueError(
         f"{leaf.shape[0]} rows in groups of {group} do not divide into {pieces} equal pieces; change one of the three."
       )
-    dealt = leaf.reshape(-1, pieces, group, *leaf.shape[1:]).swapaxes(0, 1)
-    return dealt.reshape(pieces, -1, *leaf.shape[1:])
+    by_piece = leaf.reshape(-1, pieces, group, *leaf.shape[1:]).swapaxes(0, 1)
+    return by_piece.reshape(pieces, -1, *leaf.shape[1:])
 
   return jax.tree.map(split, tree)
 
 
 def join_rows(tree: Any) -> Any:
-  """Undoes `split_rows` for groups of one row: [pieces, B / pieces, ...] -> [B, ...]."""
+  """The inverse of `split_rows` for groups of one row: [pieces, B / pieces, ...] -> [B, ...]."""
   return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), tree)
+
+
+def sum_devices(tree: Any, axis_name: str | None) -> Any:
+  """The sum over the devices of `jax.pmap`'s axis; the tree itself if axis_name is None."""
+  return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def gather_rows(tree: Any, axis_name: str | None) -> Any:
+  """The rows of all devices of `jax.pmap`'s axis, [b, ...] -> [devices * b, ...]; the tree itself if it is None."""
+  return tree if axis_name is None else jax.lax.all_gather(tree, axis_name, tiled=True)

@@ -1,7 +1,7 @@
-"""Choosing parameters by their path: what is frozen, what learns at another rate.
+"""Selecting parameters by their path: to freeze them, or to give them another learning rate.
 
-A path is the keys from the root joined by "/", such as "layers_0/moe/router". A pattern is a regular expression that
-has to match some part of it.
+A path is the keys from the root joined by "/", such as "layers_0/moe/router". A pattern is a regular expression that is
+searched in the path.
 """
 
 import re
@@ -24,7 +24,7 @@ def matches(params: Params, patterns: Sequence[str]) -> Params:
   """A pytree of bools like params, True where the path matches any pattern.
 
   Raises:
-    ValueError: a pattern that is no regular expression or matches no parameter; names it and some paths there are.
+    ValueError: a pattern that is no regular expression or matches no parameter; names it and some existing paths.
   """
   names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
   compiled = []
@@ -41,7 +41,7 @@ def matches(params: Params, patterns: Sequence[str]) -> Params:
 
 
 def stop_gradients(params: Params, patterns: Sequence[str]) -> Params:
-  """The same parameters, those that match without gradient: the backward pass does no work for them."""
+  """The same parameters, without gradient where a pattern matches: the backward pass does not compute it."""
   if not patterns:
     return params
   return jax.tree.map(
@@ -50,9 +50,9 @@ def stop_gradients(params: Params, patterns: Sequence[str]) -> Params:
 
 
 def freeze(optimizer: optax.GradientTransformation, patterns: Sequence[str]) -> optax.GradientTransformation:
-  """The optimizer, for all parameters but those that match: they get no update, no weight decay and no moments.
+  """The optimizer restricted to parameters that match no pattern: the others get no update, weight decay or moments.
 
-  Put it around what measures the gradient as well (clipping by global norm), so that frozen ones do not count.
+  Wrap the whole chain, including clipping by global norm, so that the norm excludes frozen parameters.
   """
   if not patterns:
     return optimizer
@@ -61,23 +61,26 @@ def freeze(optimizer: optax.GradientTransformation, patterns: Sequence[str]) -> 
     return matches(params, patterns)
 
   def trained(params):
-    return jax.tree.map(lambda mine: not mine, frozen(params))
+    return jax.tree.map(lambda matched: not matched, frozen(params))
 
-  # Not optax.partition, whose state optax.tree.map_params cannot walk (the shardings are made with it).
+  # Not optax.partition: optax.tree.map_params, which gives the shardings, cannot traverse its state.
   return optax.chain(optax.masked(optimizer, trained), optax.masked(optax.set_to_zero(), frozen))
 
 
 def scale_updates(multipliers: Mapping[str, float]) -> optax.GradientTransformation:
-  """Multiplies the updates of parameters that match a pattern: behind Adam, a learning rate of their own.
+  """Multiplies the updates of parameters that match a pattern; after Adam, that is a separate learning rate.
 
-  Put it behind `freeze`, not inside: what is frozen is not there to be matched.
+  Chain it after `freeze`; inside it, frozen parameters are masked and would not match.
+
+  Args:
+    multipliers: pattern -> factor. The factors of several patterns that match a parameter multiply.
   """
 
   def update(updates, state, params=None):
     del params
     for pattern, factor in multipliers.items():
-      chosen = matches(updates, (pattern,))
-      updates = jax.tree.map(lambda leaf, mine, factor=factor: leaf * factor if mine else leaf, updates, chosen)
+      matched = matches(updates, (pattern,))
+      updates = jax.tree.map(lambda leaf, match, factor=factor: leaf * factor if match else leaf, updates, matched)
     return updates, state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -12,7 +12,12 @@ from rspo_jax.types import Array, Params, Policy, Replay, RoutingTrace
 
 
 class Scores(NamedTuple):
-  """log_prob, entropy [B, T] float32, nats, slot-aligned (slot 0 has no predecessor: 0); trace of the same forward."""
+  """Results of one scoring forward.
+
+  Attributes:
+    log_prob, entropy: [B, T] float32, nats, slot-aligned; slot 0 has no scoring position: 0.
+    trace: the routing of the same forward.
+  """
 
   log_prob: Array
   entropy: Array
@@ -20,21 +25,21 @@ class Scores(NamedTuple):
 
 
 def token_log_prob(policy: Policy, params: Params, hidden: Array, tokens: Array, *, chunk: int) -> tuple[Array, Array]:
-  """Log-probability of every token and entropy of the distribution it came from, slot-aligned.
+  """Log-probability of every token and entropy of its distribution, slot-aligned.
 
-  Logits are made `chunk` positions at a time and made again in the backward pass, so [B, T, V] never exists.
+  Logits are computed for `chunk` positions at a time and recomputed in the backward pass, so [B, T, V] never exists.
 
   Args:
     hidden: [B, T, D], position-aligned. tokens: [B, T] int32.
-    chunk: positions whose logits are held at once.
+    chunk: positions whose logits exist at the same time.
   Returns:
     (log_prob, entropy), [B, T] float32, nats; slot 0 is 0.
   """
   chex.assert_equal_shape_prefix([hidden, tokens], 2)
   length = tokens.shape[1]
-  following = to_positions(tokens)
+  next_token = to_positions(tokens)
 
-  def piece(hidden, token):
+  def of_positions(hidden, token):
     logits = policy.unembed(params, hidden)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == token[..., None], logits, 0.0), axis=-1)
@@ -42,20 +47,20 @@ def token_log_prob(policy: Policy, params: Params, hidden: Array, tokens: Array,
     return chosen - normalizer, normalizer - expected
 
   if length <= chunk:
-    per_position = piece(hidden, following)
+    per_position = of_positions(hidden, next_token)
   else:
-    pieces = -(-length // chunk)
+    chunks = -(-length // chunk)
 
-    def cut(leaf):
-      leaf = jnp.pad(leaf, [(0, 0), (0, pieces * chunk - length)] + [(0, 0)] * (leaf.ndim - 2))
-      return leaf.reshape(leaf.shape[0], pieces, chunk, *leaf.shape[2:]).swapaxes(0, 1)
+    def split(leaf):
+      leaf = jnp.pad(leaf, [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (leaf.ndim - 2))
+      return leaf.reshape(leaf.shape[0], chunks, chunk, *leaf.shape[2:]).swapaxes(0, 1)
 
     def join(leaf):
-      return leaf.swapaxes(0, 1).reshape(leaf.shape[1], pieces * chunk)[:, :length]
+      return leaf.swapaxes(0, 1).reshape(leaf.shape[1], chunks * chunk)[:, :length]
 
-    again = jax.checkpoint(piece, prevent_cse=False)
-    _, cut_up = jax.lax.scan(lambda _, xs: (None, again(*xs)), None, (cut(hidden), cut(following)))
-    per_position = jax.tree.map(join, cut_up)
+    recomputed = jax.checkpoint(of_positions, prevent_cse=False)
+    _, by_chunk = jax.lax.scan(lambda _, xs: (None, recomputed(*xs)), None, (split(hidden), split(next_token)))
+    per_position = jax.tree.map(join, by_chunk)
   return tuple(to_slots(value) for value in per_position)
 
 
@@ -71,18 +76,18 @@ def score(
   microbatches: int = 1,
   chunk: int = 128,
 ) -> Scores:
-  """What the update calls "old": log-probabilities and routing of the policy that sampled, from one forward.
+  """The "old" values of the update: log-probabilities and routing under the policy that sampled, from one forward.
 
-  Call it on minibatches of the update's own shape, sharding and microbatches: then the update's first forward repeats
-  it exactly, every importance ratio is 1 and no router has moved.
+  Call it on minibatches with the update's shape, sharding and microbatches: the update's first forward then repeats
+  this one exactly, so that every importance ratio and every gamma is 1.
 
   Args:
     tokens: [B, T] int32; valid: [B, T] bool.
-    expert_index: [B, T, L, K], slot-aligned, experts to score with instead of the router's own choice: those of the
-      sampler (`Rollout.expert_index`) make it rollout routing replay (R3, arXiv 2510.11370).
-    all_experts, gates: what else the trace keeps, see `rspo_jax.router.trace.trace_probe`.
+    expert_index: [B, T, L, K], slot-aligned, experts to use instead of the router's own choice. With those of the
+      sampler (`Rollout.expert_index`) this is rollout routing replay (R3, arXiv 2510.11370).
+    all_experts, gates: additional fields of the trace, see `rspo_jax.router.trace.trace_probe`.
     microbatches: pieces scored one after the other, to save memory.
-    chunk: positions whose logits are held at once.
+    chunk: positions whose logits exist at the same time.
   """
   probe = trace_probe(policy.router_log_prob, all_experts=all_experts, gates=gates)
 
