@@ -28,7 +28,7 @@ CONFIG = tiny_moe(
 
 @functools.cache
 def policy_and_params(config=CONFIG, seed=0):
-  """The policy on one device, and parameters whose router is decided enough that rounding cannot flip an expert."""
+  """The policy on one device, and parameters whose router logits differ enough that rounding changes no expert."""
   policy = build_policy(config)
   params = jax.jit(policy.init)(jax.random.key(seed))
   return policy, jax.tree_util.tree_map_with_path(
@@ -44,26 +44,34 @@ def prompts(rows=8, length=5, seed=0):
   return jnp.asarray(tokens, jnp.int32), jnp.asarray(valid)
 
 
+@functools.cache
+def _sampler(policy, options):
+  return jax.jit(functools.partial(sample, policy, options=options))
+
+
+@functools.cache
+def _scorer(policy, microbatches):
+  return jax.jit(functools.partial(score, policy, all_experts=True, gates=True, microbatches=microbatches))
+
+
 def rollout(policy, params, rows=8, new=6, samples=2, seed=0):
   options = SamplingOptions(new, samples, stop_ids=(0, 1, 2))
-  tokens, valid = prompts(rows // samples)
-  return jax.jit(functools.partial(sample, policy, options=options))(params, tokens, valid, jax.random.key(seed))
+  return _sampler(policy, options)(params, *prompts(rows // samples), jax.random.key(seed))
 
 
 def train_batch(policy, params, rows=8, seed=0, microbatches=1):
-  """A scored batch with advantages of both signs, and a zero among them."""
-  drawn = rollout(policy, params, rows, seed=seed)
-  scoring = functools.partial(score, policy, all_experts=True, gates=True, microbatches=microbatches)
-  scored = jax.jit(scoring)(params, drawn.tokens, drawn.valid)
+  """A scored batch with advantages of both signs, one of them 0."""
+  sampled = rollout(policy, params, rows, seed=seed)
+  scored = _scorer(policy, microbatches)(params, sampled.tokens, sampled.valid)
   advantage = np.random.default_rng(seed).normal(size=rows).astype(np.float32)
   advantage[1] = 0
   return TrainBatch(
-    drawn.tokens,
-    drawn.valid,
-    drawn.action_mask,
+    sampled.tokens,
+    sampled.valid,
+    sampled.action_mask,
     scored.log_prob,
     jnp.asarray(advantage),
     scored.trace,
-    sampler_log_prob=drawn.log_prob,
-    reference_log_prob=scored.log_prob - 0.1 * drawn.action_mask,
+    sampler_log_prob=sampled.log_prob,
+    reference_log_prob=scored.log_prob - 0.1 * sampled.action_mask,
   )
