@@ -57,12 +57,12 @@ def jitted(policy, optimizer, options):
   return jax.jit(make_train_step(policy, optimizer, options))
 
 
-def update(policy, params, batch, options=UpdateOptions(), optimizer=SGD):  # noqa: B008
+def update(policy, params, batch, options=UpdateOptions(), optimizer=SGD):
   """(state, metrics) after one update of a new state."""
   return jitted(policy, optimizer, options)(new_state(params, optimizer), batch)
 
 
-def gradient(policy, params, batch, options=UpdateOptions()):  # noqa: B008
+def gradient(policy, params, batch, options=UpdateOptions()):
   state, _ = update(policy, params, batch, options)
   return jax.tree.map(lambda old, new: old - new, params, state.params)
 
