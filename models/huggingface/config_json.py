@@ -1,29 +1,30 @@
-"""`config.json` of Hugging Face to our configuration and back, for the families of `models.huggingface.families`."""
+"""Conversion between Hugging Face's `config.json` and `TransformerConfig`, for all families."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.config import RopeScaling, TransformerConfig
-from models.huggingface.families import FAMILIES, either
+from models.huggingface.families import FAMILIES
+from models.huggingface.family_entries import read_alias
 
 
 def config_from_hf(hf: Mapping[str, Any], **ours: Any) -> TransformerConfig:
-  """A parsed `config.json` as our configuration.
+  """Converts the entries of a `config.json`.
 
-  Both spellings are read: the public one (`num_experts`, `rope_theta`, `torch_dtype`) and the one transformers 5 writes
-  (`num_local_experts`, `rope_parameters`, `dtype`). What is left out has transformers' default.
+  Both spellings are read: the public one (`num_experts`, `rope_theta`, `torch_dtype`) and that of transformers 5
+  (`num_local_experts`, `rope_parameters`, `dtype`). Absent entries have the defaults of transformers.
 
   Args:
-    ours: fields of `TransformerConfig` to set instead of what the file says, for instance dtype or remat.
+    ours: fields of `TransformerConfig` that override the file, for example dtype or remat.
   Raises:
-    ValueError: another model family, or a setting that this model does not have; all of them named.
+    ValueError: an unknown family, or entries that the model does not support; lists all of them.
   """
   model_type = hf.get("model_type")
   if model_type not in FAMILIES:
-    raise ValueError(f"model_type is {model_type!r}; the families that can be read are {', '.join(sorted(FAMILIES))}.")
+    raise ValueError(f"model_type is {model_type!r}; want one of {', '.join(sorted(FAMILIES))}.")
   family, problems = FAMILIES[model_type], []
-  for key, values in (("hidden_act", ("silu", None)), ("attention_dropout", (0, None)), *family.only):
+  for key, values in (("hidden_act", ("silu", None)), ("attention_dropout", (0, None)), *family.supported):
     if hf.get(key) not in values:
       problems.append(f"{key} is {hf[key]!r}, supported: {values[0]!r}")
   fields: dict[str, Any] = {"model_type": model_type, **family.fixed}
@@ -33,18 +34,18 @@ def config_from_hf(hf: Mapping[str, Any], **ours: Any) -> TransformerConfig:
   family.read(hf, fields, problems)
   _read_rope(hf, fields, problems)
 
-  dtype = str(either(hf, "dtype", "torch_dtype", "float32", problems)).removeprefix("torch.")
-  # A float16 checkpoint loads (parameters become float32), but to compute in its range is no option.
+  dtype = str(read_alias(hf, "dtype", "torch_dtype", "float32", problems)).removeprefix("torch.")
+  # Parameters of float16 checkpoints are float32. Activations are too, because float16 has too small a range.
   fields["dtype"] = "float32" if dtype == "float16" else dtype
-  raise_problems("this configuration cannot be run", problems, "Use a checkpoint without these settings.")
+  raise_problems("the model does not support these entries", problems, "Use a checkpoint without them.")
   return TransformerConfig(**{**fields, **ours})
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
-  """Our configuration as a `config.json` in the public spelling.
+  """The entries of a `config.json` for a configuration, in the public spelling.
 
   Raises:
-    ValueError: a configuration that its `model_type` cannot express; names the fields.
+    ValueError: a configuration that its `model_type` cannot express; lists the fields.
   """
   family = FAMILIES[config.model_type]
   hf = {"architectures": [family.architecture], "model_type": config.model_type, "hidden_act": "silu"}
@@ -54,20 +55,20 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
   hf |= family.write(config)
   ours = {name: getattr(config, name) for name in ("cache_dtype", "remat", "scan_layers", "expert_backend")}
   back = config_from_hf(hf, **ours)
-  lost = [
-    f"{field.name} is {getattr(config, field.name)!r}, {config.model_type} would read {getattr(back, field.name)!r}"
+  problems = [
+    f"{field.name} is {getattr(config, field.name)!r}, but would be read as {getattr(back, field.name)!r}"
     for field in dataclasses.fields(config)
     if getattr(config, field.name) != getattr(back, field.name)
   ]
-  raise_problems(f"{config.model_type} checkpoints cannot say this", lost, "Change these fields, or model_type.")
+  raise_problems(f"{config.model_type} cannot express this configuration", problems, "Change them or model_type.")
   return hf
 
 
-def raise_problems(what: str, problems: Sequence[str], cure: str, shown: int = 20) -> None:
-  """ValueError with every problem on a line of its own, if there are any."""
+def raise_problems(summary: str, problems: Sequence[str], cure: str, limit: int = 20) -> None:
+  """Raises a ValueError that lists the first `limit` problems, one per line, if there are any."""
   if problems:
-    more = [f"... and {len(problems) - shown} more"] if len(problems) > shown else []
-    raise ValueError("\n  ".join([f"{what}:", *problems[:shown], *more, cure]))
+    more = [f"... and {len(problems) - limit} more"] if len(problems) > limit else []
+    raise ValueError("\n  ".join([f"{summary}:", *problems[:limit], *more, cure]))
 
 
 _SCALING_KEYS = tuple(field.name for field in dataclasses.fields(RopeScaling) if field.name != "rope_type")
@@ -79,25 +80,24 @@ def _read_rope(hf: Mapping[str, Any], fields: dict[str, Any], problems: list[str
   kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
   rope.pop("type", None)
   if rope.pop("partial_rotary_factor", 1) != 1:
-    problems.append("partial_rotary_factor is not 1, supported: rotary positions over the whole head")
+    problems.append("partial_rotary_factor is not 1, supported: rotary embeddings of the whole head")
   if kind not in ("default", "linear", "yarn"):
-    problems.append(f"rotary positions of rope_type {kind!r}, supported: 'default', 'linear', 'yarn'")
+    problems.append(f"rope_type is {kind!r}, supported: 'default', 'linear', 'yarn'")
     return
   unknown = sorted(key for key in rope if key not in _SCALING_KEYS and rope[key] is not None)
   if kind == "default":
     fields["rope_scaling"] = RopeScaling()
   elif unknown:
-    problems.append(f"rotary positions with {', '.join(unknown)}, supported: {', '.join(_SCALING_KEYS)}")
+    problems.append(f"rotary scaling has {', '.join(unknown)}, supported: {', '.join(_SCALING_KEYS)}")
   else:
     if kind == "yarn" and not rope.get("original_max_position_embeddings"):
-      # transformers' standard reading of a checkpoint that says nothing: the context it was trained with.
+      # As in transformers, the default is the context length that the checkpoint was trained with.
       rope["original_max_position_embeddings"] = hf.get("max_position_embeddings") or 0
-    given = {key: value for key, value in rope.items() if value is not None}
-    fields["rope_scaling"] = RopeScaling(kind, **given)
+    fields["rope_scaling"] = RopeScaling(kind, **{key: value for key, value in rope.items() if value is not None})
 
 
 def _write_rope(scaling: RopeScaling) -> dict[str, Any] | None:
   if scaling.rope_type == "default":
     return None
-  given = {key: value for key, value in dataclasses.asdict(scaling).items() if value is not None}
-  return given | {"type": scaling.rope_type}
+  entries = {key: value for key, value in dataclasses.asdict(scaling).items() if value is not None}
+  return entries | {"type": scaling.rope_type}

@@ -1,4 +1,4 @@
-"""The shapes of public models, as their `config.json` gives them: enough to plan and test without their weights."""
+"""The shapes of public models, from their `config.json`, for planning and tests without their weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from models.config import TransformerConfig
 from models.huggingface.config_json import config_from_hf
 
-# name -> the entries of config.json that the architecture depends on, and those a saved checkpoint should repeat.
+# Name -> the entries of config.json that determine the architecture, and those that a saved checkpoint should keep.
 PUBLISHED: dict[str, Mapping[str, Any]] = {
   "Qwen3-30B-A3B": {
     "model_type": "qwen3_moe",
@@ -166,9 +166,14 @@ PUBLISHED: dict[str, Mapping[str, Any]] = {
 
 
 def known_config(name: str, **ours: Any) -> TransformerConfig:
-  """The configuration of a public model, a key of `PUBLISHED`; `ours` as in
-  `models.huggingface.config_json.config_from_hf`.
+  """The configuration of a public model.
+
+  Args:
+    name: a key of `PUBLISHED`.
+    ours: fields of the configuration to set, see `models.huggingface.config_json.config_from_hf`.
+  Raises:
+    ValueError: an unknown name; lists the known ones.
   """
   if name not in PUBLISHED:
-    raise ValueError(f"{name!r} is not one of the models whose shapes are known: {', '.join(PUBLISHED)}.")
+    raise ValueError(f"the shape of {name!r} is not known; want one of {', '.join(PUBLISHED)}.")
   return config_from_hf(PUBLISHED[name], **ours)

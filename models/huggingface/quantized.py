@@ -1,24 +1,23 @@
-"""Checkpoints published in fewer bits, read as if they were not: MXFP4 (gpt-oss) and FP8 in blocks (DeepSeek-V3)."""
+"""Dequantisation of published checkpoints: MXFP4 (gpt-oss) and block-scaled FP8 (DeepSeek-V3)."""
 
 from collections.abc import Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
 
-# The sixteen values of a 4-bit float with 2 exponent bits and 1 of mantissa, by code (OCP Microscaling Formats, 1.0).
+# The sixteen values of a 4-bit float (2 exponent bits, 1 mantissa bit) by code. OCP Microscaling Formats, version 1.0.
 _HALF = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 FP4_VALUES = np.concatenate([_HALF, -_HALF])
-FP8_BLOCK = 128
+FP8_BLOCK = 128  # rows and columns with one scale
 
 
 class Dequantized(Mapping[str, np.ndarray]):
-  """A checkpoint's tensors with the packed ones unpacked, under the names they have in an unpacked checkpoint.
+  """The tensors of a checkpoint under the names of an unquantised checkpoint, dequantised on access.
 
-  `x_blocks` and `x_scales` become `x` in bfloat16, `x.weight` with `x.weight_scale_inv` becomes `x.weight` in float32.
-  Each is unpacked when it is asked for.
+  `x_blocks` and `x_scales` are read as `x` in bfloat16, `x.weight` and `x.weight_scale_inv` as `x.weight` in float32.
 
   Attributes:
-    shapes: name -> shape, unpacked.
+    shapes: name -> shape after dequantisation.
   """
 
   def __init__(self, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]):
@@ -46,15 +45,28 @@ class Dequantized(Mapping[str, np.ndarray]):
 
 
 def unpack_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-  """[E, O, I / 32, 16] uint8, two values a byte (the low half first), and [E, O, I / 32] uint8, exponents of 2 less 127
-  -> [E, I, O] bfloat16, exact."""
+  """Dequantises MXFP4 exactly.
+
+  Args:
+    blocks: [E, O, I / 32, 16] uint8, two values per byte, the low four bits first.
+    scales: [E, O, I / 32] uint8, exponents of 2 with bias 127.
+  Returns:
+    [E, I, O] bfloat16.
+  """
   values = np.stack([FP4_VALUES[blocks & 15], FP4_VALUES[blocks >> 4]], axis=-1).reshape(*blocks.shape[:-1], -1)
   values = np.ldexp(values, scales[..., None].astype(np.int32) - 127).astype(ml_dtypes.bfloat16)
   return np.ascontiguousarray(values.reshape(*blocks.shape[:-2], -1).swapaxes(-1, -2))
 
 
 def unpack_fp8(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
-  """[O, I] float8 and a factor for each block of 128 by 128, [O / 128, I / 128] rounded up -> [O, I] float32."""
+  """Dequantises block-scaled FP8.
+
+  Args:
+    weight: [O, I] float8.
+    scale: [ceil(O / 128), ceil(I / 128)], one factor per block of 128 by 128.
+  Returns:
+    [O, I] float32.
+  """
   rows, columns = weight.shape
-  each = np.repeat(np.repeat(scale, FP8_BLOCK, axis=0)[:rows], FP8_BLOCK, axis=1)[:, :columns]
-  return weight.astype(np.float32) * each
+  factors = np.repeat(np.repeat(scale, FP8_BLOCK, axis=0)[:rows], FP8_BLOCK, axis=1)[:, :columns]
+  return weight.astype(np.float32) * factors

@@ -1,4 +1,4 @@
-"""The code and the commands of docs/models.md run, on small checkpoints in the place of its paths."""
+"""The code and the commands of docs/models.md run, with small checkpoints at its paths."""
 
 import dataclasses
 import json
@@ -12,10 +12,9 @@ from tokenizers.models import BPE
 
 from experiments import convert
 from experiments.setup import model_files
-from models.config import LoraConfig
+from models import LoraConfig, add_lora
+from models.huggingface import PUBLISHED
 from models.huggingface.families import FAMILIES
-from models.huggingface.known_configs import PUBLISHED
-from models.lora import add_lora
 from tests.support import hf_cases
 from tests.support.paths import ROOT
 
@@ -25,19 +24,19 @@ COMMANDS = re.findall(r"^python -m experiments\.convert (.*)$", TEXT, re.MULTILI
 
 
 @pytest.fixture
-def places(tmp_path):
-  """What stands for each path of the text."""
-  wide = {"vocab_size": 272, "num_experts": 8}
+def paths(tmp_path):
+  """Path in the text -> existing path that replaces it."""
+  sizes = {"vocab_size": 272, "num_experts": 8}
   tensors = {
     name: tensor.astype(ml_dtypes.bfloat16)
-    for name, tensor in hf_cases.random_tensors(hf_cases.small_config(**wide)).items()
+    for name, tensor in hf_cases.random_tensors(hf_cases.small_config(**sizes)).items()
   }
-  public = hf_cases.public_config("qwen3_moe", torch_dtype="bfloat16", **wide)
+  public = hf_cases.public_config("qwen3_moe", torch_dtype="bfloat16", **sizes)
   checkpoint = hf_cases.write_checkpoint(tmp_path / "checkpoint", public, tensors)
-  letters = Tokenizer(BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-  letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-  letters.add_special_tokens(["<|endoftext|>"])
-  letters.save(str(checkpoint / "tokenizer.json"))
+  tokenizer = Tokenizer(BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+  tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+  tokenizer.add_special_tokens(["<|endoftext|>"])
+  tokenizer.save(str(checkpoint / "tokenizer.json"))
   template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
   settings = {"eos_token": "<|endoftext|>", "chat_template": template}
   (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -52,14 +51,14 @@ def places(tmp_path):
   }
 
 
-def placed(text, places):
-  return re.sub("|".join(places), lambda found: str(places[found[0]]), text)
+def replace_paths(text, paths):
+  return re.sub("|".join(paths), lambda match: str(paths[match[0]]), text)
 
 
-def test_the_code_runs_as_it_stands(places, capsys):
+def test_code_runs(paths, capsys):
   names = {}
   for block in BLOCKS:
-    exec(compile(placed(block, places), "docs/models.md", "exec"), names)
+    exec(compile(replace_paths(block, paths), "docs/models.md", "exec"), names)
   assert jax.tree.structure(names["merged"]) == jax.tree.structure(
     jax.eval_shape(names["policy"].init, jax.random.key(0))
   )
@@ -67,21 +66,21 @@ def test_the_code_runs_as_it_stands(places, capsys):
   assert capsys.readouterr().out == "256 (256,)\n"
 
 
-def test_the_commands_do_what_the_text_says(places, capsys):
-  # The runs of the text are stood in for by converted folders, of which the second has adapters.
-  model = model_files.load_model(places["path/to/checkpoint"], dtype="bfloat16")
-  model_files.save_orbax(places["runs"] / "countdown_tiny", model)
+def test_commands_run(paths, capsys):
+  # Orbax folders replace the workdirs of runs; the second has adapters.
+  model = model_files.load_model(paths["path/to/checkpoint"], dtype="bfloat16")
+  model_files.save_orbax(paths["runs"] / "countdown_tiny", model)
   config = dataclasses.replace(model.config, lora=LoraConfig(2, targets=("attention/",)))
   params = add_lora(config, model.params, jax.random.key(0))
-  model_files.save_orbax(places["runs"] / "with_lora", model_files.Model(config, params))
-  done = set()
+  model_files.save_orbax(paths["runs"] / "with_lora", model_files.Model(config, params))
+  commands = set()
   for command in COMMANDS:
-    convert.run(convert.parse(placed(command, places).split()))
-    done.add(command.split()[0])
-  assert done == {"inspect", "to-orbax", "to-hf", "upcycle", "adapter", "merge"}
+    convert.run(convert.parse(replace_paths(command, paths).split()))
+    commands.add(command.split()[0])
+  assert commands == {"inspect", "to-orbax", "to-hf", "upcycle", "adapter", "merge"}
   assert capsys.readouterr().out.count("parameters") >= 6
 
 
-def test_every_family_and_every_known_shape_is_named():
+def test_every_family_and_every_known_model_is_listed():
   assert all(f"`{family}`" in TEXT for family in FAMILIES)
   assert all(name in TEXT for name in PUBLISHED)

@@ -9,15 +9,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from models.huggingface import checkpoint
-from models.huggingface.checkpoint import INDEX, load_pretrained, read_config, save_pretrained
+from models.huggingface.checkpoint import load_pretrained, read_config, save_pretrained
 from models.huggingface.quantized import FP4_VALUES, unpack_fp8, unpack_mxfp4
-from models.huggingface.tensor_map import array_shape, arrays, tensor_map
+from models.huggingface.tensor_files import INDEX
+from models.huggingface.tensor_map import param_shape, param_slices, tensor_map
 from rspo_jax import mesh
 from tests.support import hf_cases
 
 
-def written(folder, family="qwen3_moe", case="plain", dtype=np.float32, shards=1, **changes):
-  """A written checkpoint: (folder, config, tensors)."""
+def write_random(folder, family="qwen3_moe", case="plain", dtype=np.float32, shards=1, **changes):
+  """Writes a checkpoint of random weights: (folder, config, tensors)."""
   public = hf_cases.public_config(family, case, torch_dtype=np.dtype(dtype).name, **changes)
   config = hf_cases.small_config(family, case, torch_dtype=np.dtype(dtype).name, **changes)
   tensors = {name: tensor.astype(dtype) for name, tensor in hf_cases.random_tensors(config).items()}
@@ -28,17 +29,17 @@ def all_tensors(folder):
   return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
-def assert_same_tensors(found, wanted):
-  assert found.keys() == wanted.keys()
-  for name, tensor in wanted.items():
-    assert found[name].dtype == tensor.dtype, name
-    assert found[name].tobytes() == tensor.tobytes(), name
+def assert_same_tensors(actual, expected):
+  assert actual.keys() == expected.keys()
+  for name, tensor in expected.items():
+    assert actual[name].dtype == tensor.dtype, name
+    assert actual[name].tobytes() == tensor.tobytes(), name
 
 
-@pytest.mark.parametrize(("family", "case"), hf_cases.ONE_EACH)
+@pytest.mark.parametrize(("family", "case"), hf_cases.ONE_PER_FAMILY)
 @pytest.mark.parametrize("shards", [1, 3])
-def test_from_hugging_face_and_back_is_bitwise_equal_in_bfloat16(family, case, shards, tmp_path):
-  source, config, tensors = written(tmp_path / "source", family, case, ml_dtypes.bfloat16, shards)
+def test_loading_and_saving_bfloat16_is_bitwise_equal(family, case, shards, tmp_path):
+  source, config, tensors = write_random(tmp_path / "source", family, case, ml_dtypes.bfloat16, shards)
   read, params = load_pretrained(source)
   assert read == config
   assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
@@ -49,8 +50,8 @@ def test_from_hugging_face_and_back_is_bitwise_equal_in_bfloat16(family, case, s
   assert read_config(tmp_path / "saved") == config
 
 
-def test_shards_keep_to_their_size_and_the_index_names_every_tensor(tmp_path):
-  source, config, tensors = written(tmp_path / "source")
+def test_shards_are_at_most_the_given_size_and_the_index_lists_every_tensor(tmp_path):
+  source, config, tensors = write_random(tmp_path / "source")
   _, params = load_pretrained(source)
   save_pretrained(tmp_path / "saved", config, params, shard_bytes=30_000)
   index = json.loads((tmp_path / "saved" / INDEX).read_text())
@@ -60,13 +61,13 @@ def test_shards_keep_to_their_size_and_the_index_names_every_tensor(tmp_path):
   assert index["weight_map"].keys() == tensors.keys()
   assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
   for file in files:
-    held = load_file(tmp_path / "saved" / file)
-    assert held.keys() == {name for name, where in index["weight_map"].items() if where == file}
-    assert sum(tensor.nbytes for tensor in held.values()) <= 30_000 or len(held) == 1
+    shard = load_file(tmp_path / "saved" / file)
+    assert shard.keys() == {name for name, of_name in index["weight_map"].items() if of_name == file}
+    assert sum(tensor.nbytes for tensor in shard.values()) <= 30_000 or len(shard) == 1
 
 
-def test_every_device_gets_its_part_and_the_values_are_the_same(tmp_path):
-  source, config, _ = written(tmp_path / "source", vocab_size=64, head_dim=8)
+def test_sharded_loading_gives_the_same_parameters(tmp_path):
+  source, config, _ = write_random(tmp_path / "source", vocab_size=64, head_dim=8)
   layout = mesh.make_layout({"fsdp": 2, "expert": 2, "tensor": 2})
   _, whole = load_pretrained(source)
   _, split = load_pretrained(source, layout)
@@ -79,8 +80,8 @@ def test_every_device_gets_its_part_and_the_values_are_the_same(tmp_path):
   assert_same_tensors(all_tensors(tmp_path / "saved"), all_tensors(source))
 
 
-def test_the_small_files_of_the_source_come_along_and_foreign_entries_of_its_config_stay(tmp_path):
-  source, config, _ = written(tmp_path / "source", eos_token_id=[3, 4], transformers_version="4.51.0", quirk=7)
+def test_saving_copies_small_files_and_keeps_other_entries_of_the_source(tmp_path):
+  source, config, _ = write_random(tmp_path / "source", eos_token_id=[3, 4], transformers_version="4.51.0", quirk=7)
   (source / "tokenizer.json").write_text("{}")
   (source / "generation_config.json").write_text('{"eos_token_id": 3}')
   (source / "optimizer.pt").write_text("large")
@@ -88,12 +89,12 @@ def test_the_small_files_of_the_source_come_along_and_foreign_entries_of_its_con
   save_pretrained(tmp_path / "saved", config, params, source=source, dtype="bfloat16")
   saved = {path.name for path in (tmp_path / "saved").iterdir()}
   assert saved == {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"}
-  found = json.loads((tmp_path / "saved" / "config.json").read_text())
-  assert found == json.loads((source / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+  entries = json.loads((tmp_path / "saved" / "config.json").read_text())
+  assert entries == json.loads((source / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
 
 
-def test_a_tied_head_is_not_written_and_a_copy_of_it_is_read(tmp_path):
-  source, config, tensors = written(tmp_path / "source", case="tied")
+def test_tied_head_is_not_saved_and_an_equal_copy_is_accepted(tmp_path):
+  source, config, tensors = write_random(tmp_path / "source", case="tied")
   tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
   save_file(tensors, source / "model.safetensors")
   _, params = load_pretrained(source)
@@ -106,16 +107,16 @@ def test_a_tied_head_is_not_written_and_a_copy_of_it_is_read(tmp_path):
     load_pretrained(source)
 
 
-def test_a_missing_head_is_explained_by_the_tied_flag(tmp_path):
-  source, _, tensors = written(tmp_path / "source")
+def test_error_of_a_missing_head_suggests_tied_embeddings(tmp_path):
+  source, _, tensors = write_random(tmp_path / "source")
   del tensors["lm_head.weight"]
   save_file(tensors, source / "model.safetensors")
   with pytest.raises(ValueError, match="set tie_word_embeddings to true"):
     load_pretrained(source)
 
 
-def test_multi_token_prediction_layers_are_left_aside_and_the_saved_config_says_so(tmp_path):
-  source, config, tensors = written(tmp_path / "source", "deepseek_v3", num_nextn_predict_layers=1)
+def test_multi_token_prediction_layers_are_ignored_and_not_saved(tmp_path):
+  source, config, tensors = write_random(tmp_path / "source", "deepseek_v3", num_nextn_predict_layers=1)
   extra = {name.replace("layers.2", "layers.3"): tensor for name, tensor in tensors.items() if "layers.2" in name}
   save_file(tensors | extra, source / "model.safetensors")
   _, params = load_pretrained(source)
@@ -124,34 +125,35 @@ def test_multi_token_prediction_layers_are_left_aside_and_the_saved_config_says_
   assert json.loads((tmp_path / "saved" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
-def broken(tmp_path, break_it, **options):
-  source, _, _ = written(tmp_path / "source", shards=3, **options)
-  break_it(source)
-  with pytest.raises(ValueError) as caught:  # noqa: PT011, every caller looks at the message
+def load_error(tmp_path, damage, **options):
+  """The message of the error that loading a damaged checkpoint raises."""
+  source, _, _ = write_random(tmp_path / "source", shards=3, **options)
+  damage(source)
+  with pytest.raises(ValueError) as caught:  # noqa: PT011, every caller checks the message
     load_pretrained(source)
   return str(caught.value)
 
 
-def test_a_truncated_file_is_named(tmp_path):
-  def cut(source):
+def test_error_names_a_truncated_file(tmp_path):
+  def truncate(source):
     path = source / "model-00002-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
 
-  message = broken(tmp_path, cut)
+  message = load_error(tmp_path, truncate)
   assert "model-00002-of-00003.safetensors" in message and "truncated" in message and "download" in message
 
 
-def test_an_absent_shard_is_named(tmp_path):
-  message = broken(tmp_path, lambda source: (source / "model-00003-of-00003.safetensors").unlink())
+def test_error_names_an_absent_shard(tmp_path):
+  message = load_error(tmp_path, lambda source: (source / "model-00003-of-00003.safetensors").unlink())
   assert "model-00003-of-00003.safetensors is absent" in message and "download" in message
 
 
-def test_an_absent_index_is_named(tmp_path):
-  message = broken(tmp_path, lambda source: (source / INDEX).unlink())
+def test_error_names_an_absent_index(tmp_path):
+  message = load_error(tmp_path, lambda source: (source / INDEX).unlink())
   assert INDEX in message
 
 
-def test_a_tensor_that_its_file_does_not_hold_is_named(tmp_path):
+def test_error_names_a_tensor_that_is_not_in_its_file(tmp_path):
   def swap(source):
     index = json.loads((source / INDEX).read_text())
     files = sorted({*index["weight_map"].values()})
@@ -159,27 +161,27 @@ def test_a_tensor_that_its_file_does_not_hold_is_named(tmp_path):
     index["weight_map"]["model.norm.weight"] = files[0]
     (source / INDEX).write_text(json.dumps(index))
 
-  message = broken(tmp_path, swap)
+  message = load_error(tmp_path, swap)
   assert "does not hold model.norm.weight" in message
 
 
-def test_a_broken_config_and_another_family_are_named(tmp_path):
-  assert "config.json cannot be read: it is not JSON" in broken(
+def test_error_names_an_invalid_config_and_an_unknown_family(tmp_path):
+  assert "config.json cannot be read: it is not JSON" in load_error(
     tmp_path / "a", lambda source: (source / "config.json").write_text("{")
   )
-  message = broken(tmp_path / "b", lambda source: (source / "config.json").write_text('{"model_type": "llama"}'))
+  message = load_error(tmp_path / "b", lambda source: (source / "config.json").write_text('{"model_type": "llama"}'))
   assert "config.json" in message and "'llama'" in message and "mixtral" in message
 
 
-def test_a_folder_of_pickles_is_explained(tmp_path):
+def test_error_of_a_folder_with_pickles_names_the_pickle(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(hf_cases.public_config("qwen2")))
   (tmp_path / "pytorch_model.bin").write_bytes(b"x")
   with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle"):
     load_pretrained(tmp_path)
 
 
-def test_all_wrong_tensors_are_listed_before_anything_is_read(tmp_path):
-  source, _, tensors = written(tmp_path / "source")
+def test_load_error_lists_every_tensor_that_does_not_fit(tmp_path):
+  source, _, tensors = write_random(tmp_path / "source")
   del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
   tensors["model.layers.2.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
   tensors["model.norm.weight"] = np.zeros(31, np.float32)
@@ -187,13 +189,13 @@ def test_all_wrong_tensors_are_listed_before_anything_is_read(tmp_path):
   with pytest.raises(ValueError, match="does not fit") as caught:
     load_pretrained(source)
   message = str(caught.value)
-  assert "model.layers.1.mlp.experts.3.up_proj.weight: missing, wanted (24, 32)" in message
+  assert "model.layers.1.mlp.experts.3.up_proj.weight: missing, want (24, 32)" in message
   assert "model.layers.2.self_attn.q_proj.bias: not expected" in message and "(32,)" in message
-  assert "model.norm.weight: found (31,), wanted (32,)" in message
+  assert "model.norm.weight: is (31,), want (32,)" in message
 
 
-def test_saving_never_overwrites_and_leaves_nothing_behind_when_it_fails(tmp_path, monkeypatch):
-  source, config, _ = written(tmp_path / "source")
+def test_saving_never_overwrites_and_leaves_no_files_when_it_fails(tmp_path, monkeypatch):
+  source, config, _ = write_random(tmp_path / "source")
   _, params = load_pretrained(source)
   with pytest.raises(ValueError, match="not empty"):
     save_pretrained(source, config, params)
@@ -207,20 +209,20 @@ def test_saving_never_overwrites_and_leaves_nothing_behind_when_it_fails(tmp_pat
   assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
-def test_mxfp4_is_read_as_the_format_says(tmp_path):
+def test_mxfp4_values_follow_the_format(tmp_path):
   rng = np.random.default_rng(0)
   blocks = rng.integers(0, 256, (2, 3, 2, 16), dtype=np.uint8)
   scales = rng.integers(120, 135, (2, 3, 2), dtype=np.uint8)
-  found = unpack_mxfp4(blocks, scales)
-  assert found.shape == (2, 64, 3) and found.dtype == ml_dtypes.bfloat16
+  unpacked = unpack_mxfp4(blocks, scales)
+  assert unpacked.shape == (2, 64, 3) and unpacked.dtype == ml_dtypes.bfloat16
   for e, row, column in np.ndindex(2, 64, 3):
-    group, place = divmod(row, 32)
-    byte = int(blocks[e, column, group, place // 2])
-    code = byte >> 4 if place % 2 else byte & 15
-    assert float(found[e, row, column]) == float(FP4_VALUES[code]) * 2.0 ** (int(scales[e, column, group]) - 127)
+    group, offset = divmod(row, 32)
+    byte = int(blocks[e, column, group, offset // 2])
+    code = byte >> 4 if offset % 2 else byte & 15
+    assert float(unpacked[e, row, column]) == float(FP4_VALUES[code]) * 2.0 ** (int(scales[e, column, group]) - 127)
 
 
-def test_a_packed_gpt_oss_checkpoint_loads_and_is_saved_unpacked(tmp_path):
+def test_mxfp4_checkpoint_loads_and_is_saved_unpacked(tmp_path):
   public = hf_cases.public_config("gpt_oss", hidden_size=32, intermediate_size=32, quantization_config={"q": "mxfp4"})
   config = hf_cases.small_config("gpt_oss", hidden_size=32, intermediate_size=32)
   rng, tensors = np.random.default_rng(0), hf_cases.random_tensors(config)
@@ -241,18 +243,18 @@ def test_a_packed_gpt_oss_checkpoint_loads_and_is_saved_unpacked(tmp_path):
   assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
-def test_fp8_blocks_are_scaled_each_by_its_own_factor(tmp_path):
+def test_each_fp8_block_has_its_own_scale(tmp_path):
   rng = np.random.default_rng(0)
   weight = rng.standard_normal((130, 257)).astype(ml_dtypes.float8_e4m3fn)
   scale = rng.uniform(0.5, 2, (2, 3)).astype(np.float32)
-  found = unpack_fp8(weight, scale)
+  unpacked = unpack_fp8(weight, scale)
   for row, column in ((0, 0), (127, 128), (128, 127), (129, 256)):
-    assert found[row, column] == np.float32(weight[row, column]) * scale[row // 128, column // 128]
+    assert unpacked[row, column] == np.float32(weight[row, column]) * scale[row // 128, column // 128]
 
 
 @pytest.mark.slow
-def test_loading_holds_one_array_beside_the_parameters(tmp_path):
-  """A synthetic checkpoint of 3.7 GB: anonymous memory while loading over that of the parameters alone."""
+def test_loading_needs_memory_for_one_more_parameter(tmp_path):
+  """A synthetic checkpoint of 3.7 GB: peak anonymous memory while loading, beyond that of the parameters."""
   sizes = {
     "hidden_size": 1024,
     "moe_intermediate_size": 768,
@@ -261,8 +263,8 @@ def test_loading_holds_one_array_beside_the_parameters(tmp_path):
     "head_dim": 64,
   }
   config = hf_cases.small_config(**sizes)
-  largest = max(int(np.prod(array_shape(slots))) * 4 for slots in arrays(config).values())
-  tensors = {name: np.zeros(slots[0].shape, np.float32) for name, slots in tensor_map(config).items()}
+  largest = max(int(np.prod(param_shape(slices))) * 4 for slices in param_slices(config).values())
+  tensors = {name: np.zeros(slices[0].tensor_shape, np.float32) for name, slices in tensor_map(config).items()}
   public = hf_cases.public_config("qwen3_moe", **sizes)
   source = hf_cases.write_checkpoint(tmp_path / "source", public, tensors, shards=4)
   del tensors
@@ -279,12 +281,12 @@ def test_loading_holds_one_array_beside_the_parameters(tmp_path):
   _, params = load_pretrained(source)
   done.set()
   watcher.join()
-  held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-  assert held > 3.5e9
-  assert peak - before - held < largest + 100e6, (peak - before - held, largest)
+  parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  assert parameter_bytes > 3.5e9
+  assert peak - before - parameter_bytes < largest + 100e6, (peak - before - parameter_bytes, largest)
 
 
 def anonymous_memory() -> int:
-  """Bytes of this process that no file backs."""
+  """Resident bytes of this process that are not backed by a file."""
   with open("/proc/self/status") as status:
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))

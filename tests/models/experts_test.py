@@ -14,41 +14,41 @@ WIDTH, HIDDEN = 24, 20
 
 
 def layer(tokens, experts, k, index, *, dtype=jnp.float32, biases=False, seed=0):
-  """x, expert_index, gate, weights of a small layer; `index` (generator, shape) -> [N, K] draws the routing."""
-  draw = np.random.default_rng(seed)
+  """x, expert_index, gate, weights of a small layer; `index`: (generator, shape) -> expert_index [N, K]."""
+  rng = np.random.default_rng(seed)
   shapes = (experts, WIDTH, HIDDEN), (experts, WIDTH, HIDDEN), (experts, HIDDEN, WIDTH)
-  x = jnp.asarray(draw.normal(size=(tokens, WIDTH)), dtype)
-  gate = jnp.asarray(draw.normal(size=(tokens, k)), jnp.promote_types(dtype, jnp.float32))
-  weights = Experts(*(jnp.asarray(draw.normal(size=shape) / shape[1] ** 0.5, dtype) for shape in shapes))
+  x = jnp.asarray(rng.normal(size=(tokens, WIDTH)), dtype)
+  gate = jnp.asarray(rng.normal(size=(tokens, k)), jnp.promote_types(dtype, jnp.float32))
+  weights = Experts(*(jnp.asarray(rng.normal(size=shape) / shape[1] ** 0.5, dtype) for shape in shapes))
   if biases:
-    drawn = (jnp.asarray(draw.normal(size=(experts, HIDDEN)), dtype) for _ in range(2))
-    weights = Experts(*weights[:3], *drawn)
-  return x, jnp.asarray(index(draw, (tokens, k)), jnp.int32), gate, weights
+    pair = (jnp.asarray(rng.normal(size=(experts, HIDDEN)), dtype) for _ in range(2))
+    weights = Experts(*weights[:3], *pair)
+  return x, jnp.asarray(index(rng, (tokens, k)), jnp.int32), gate, weights
 
 
 def distinct(experts):
-  return lambda draw, shape: np.argsort(draw.random((shape[0], experts)), axis=1)[:, : shape[1]]
+  return lambda rng, shape: np.argsort(rng.random((shape[0], experts)), axis=1)[:, : shape[1]]
 
 
 def some_outside(experts):
-  return lambda draw, shape: draw.integers(-3, experts + 3, shape)
+  return lambda rng, shape: rng.integers(-3, experts + 3, shape)
 
 
-# tokens, experts, k, routing. "auto" takes blocks of 1, 8 and 128 rows for these.
+# tokens, experts, k, routing. "auto" uses blocks of 1, 8 and 128 rows for these.
 ROUTINGS = {
   "one token": (1, 16, 4, distinct(16)),
   "less than a block": (5, 2, 1, distinct(2)),
-  "one expert takes all": (53, 6, 1, lambda draw, shape: np.full(shape, 4)),
-  "empty experts": (41, 8, 2, lambda draw, shape: draw.choice([1, 6], shape)),
+  "one expert takes all": (53, 6, 1, lambda rng, shape: np.full(shape, 4)),
+  "empty experts": (41, 8, 2, lambda rng, shape: rng.choice([1, 6], shape)),
   "some outside": (67, 4, 3, some_outside(4)),
   "large blocks": (431, 3, 2, some_outside(3)),
 }
 
 
-# Jitted once for all tests, which share shapes: compiling is what these tests cost.
+# Jitted once for all tests, which share shapes, because most of their time is compilation.
 @partial(jax.jit, static_argnames=("backend", "swiglu_limit"))
 def value_and_grads(x, expert_index, gate, weights, *, backend, swiglu_limit=None):
-  """y and the gradients in x, gate and weights of a fixed random projection of y."""
+  """y, and the gradients of a fixed random projection of y with respect to x, gate and weights."""
   direction = jax.random.normal(jax.random.key(1), x.shape)
 
   def project(x, gate, weights):
@@ -60,7 +60,7 @@ def value_and_grads(x, expert_index, gate, weights, *, backend, swiglu_limit=Non
 
 
 def assert_close(got, want, tolerance):
-  """Largest difference over the largest value, leaf by leaf."""
+  """Compares the maximum difference of each leaf, relative to its maximum absolute value."""
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert a.dtype == b.dtype
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -76,7 +76,7 @@ def test_every_backend_equals_dense_in_value_and_gradient(routing):
 
 
 @pytest.mark.parametrize("backend", ["dense", "ragged", "blocks", "gathered"])
-def test_a_backend_is_the_formula_written_out(backend):
+def test_every_backend_equals_a_loop_over_tokens(backend):
   x, expert_index, gate, weights = layer(9, 4, 2, some_outside(4))
   want = np.zeros(x.shape)
   w_gate, w_up, w_down = (np.asarray(w, np.float64) for w in weights[:3])
@@ -100,7 +100,7 @@ def test_bfloat16_stays_near_float32(backend):
   assert_close(jax.tree.map(lambda a: a.astype(jnp.float32), got), want, 0.03)
 
 
-def test_every_backend_adds_biases_and_clamps_as_gpt_oss_does():
+def test_every_backend_has_the_biases_and_clamps_of_gpt_oss():
   x, expert_index, gate, weights = layer(67, 4, 3, some_outside(4), biases=True)
   w_gate, w_up, w_down, gate_bias, up_bias = (np.asarray(w, np.float64) for w in weights)
   want = np.zeros((67, WIDTH))
@@ -110,13 +110,13 @@ def test_every_backend_adds_biases_and_clamps_as_gpt_oss_does():
       a = np.minimum(x[n] @ w_gate[e] + gate_bias[e], 0.5)
       u = np.clip(x[n] @ w_up[e] + up_bias[e], -0.5, 0.5)
       want[n] += gate[n, k] * ((u + 1) * a / (1 + np.exp(-1.702 * a)) @ w_down[e])
-  found = {
+  outputs = {
     name: value_and_grads(x, expert_index, gate, weights, backend=name, swiglu_limit=0.5)
     for name in ("dense", "ragged", "blocks", "gathered")
   }
-  for y, *grads in found.values():
+  for y, *grads in outputs.values():
     assert_close(y, want.astype(np.float32), 1e-5)
-    assert_close(grads, list(found["dense"][1:]), 1e-5)
+    assert_close(grads, list(outputs["dense"][1:]), 1e-5)
 
 
 def test_gradient_of_blocks_with_biases_and_a_limit_equals_finite_differences_in_float64():
@@ -143,29 +143,29 @@ def test_gradient_of_blocks_equals_finite_differences_in_float64(routing, rows):
 
 
 @pytest.mark.parametrize("backend", ["dense", "ragged", "blocks"])
-def test_a_dropped_pair_adds_exactly_nothing_and_gets_no_gradient(backend):
+def test_dropped_pairs_add_exactly_zero_and_get_zero_gradient(backend):
   x, expert_index, gate, weights = layer(67, 4, 3, some_outside(4))
   run = partial(value_and_grads, backend=backend)
   y, dx, dgate, dweights = run(x, expert_index, gate, weights)
   dropped = (expert_index < 0) | (expert_index >= 4)
-  alone = jnp.all(dropped, axis=1)
-  assert bool(alone.any())
+  all_dropped = jnp.all(dropped, axis=1)
+  assert bool(all_dropped.any())
   assert not np.any(dgate[dropped])
   assert np.all(dgate[~dropped] != 0)
-  assert not np.any(y[alone])
-  assert not np.any(dx[alone])
+  assert not np.any(y[all_dropped])
+  assert not np.any(dx[all_dropped])
 
-  names = jnp.where(dropped, jnp.where(expert_index < 0, -(2**31), 2**31 - 1), expert_index)
-  again = run(jnp.where(alone[:, None], 1e3, x), names, jnp.where(dropped, 1e3, gate), weights)
+  other_index = jnp.where(dropped, jnp.where(expert_index < 0, -(2**31), 2**31 - 1), expert_index)
+  again = run(jnp.where(all_dropped[:, None], 1e3, x), other_index, jnp.where(dropped, 1e3, gate), weights)
   for a, b in zip(jax.tree.leaves((y, dx, dgate, dweights)), jax.tree.leaves(again), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("backend", ["dense", "ragged", "blocks"])
-def test_all_dropped_gives_exact_zeros_everywhere(backend):
+def test_output_and_gradients_are_exactly_zero_if_all_pairs_are_dropped(backend):
   x, _, gate, weights = layer(*ROUTINGS["some outside"])
-  nobody = jnp.where(jnp.arange(gate.size).reshape(gate.shape) % 2 == 0, -1, 4)
-  for leaf in jax.tree.leaves(value_and_grads(x, nobody, gate, weights, backend=backend)):
+  no_expert = jnp.where(jnp.arange(gate.size).reshape(gate.shape) % 2 == 0, -1, 4)
+  for leaf in jax.tree.leaves(value_and_grads(x, no_expert, gate, weights, backend=backend)):
     assert not np.any(leaf)
 
 
@@ -177,14 +177,14 @@ def test_eager_equals_jitted():
   assert_close(dx, value_and_grads(*arrays, backend="blocks")[1], 1e-6)
 
 
-def test_auto_takes_the_blocks_on_cpu():
+def test_auto_on_cpus_is_blocks():
   arrays = layer(*ROUTINGS["some outside"])
   text = jax.jit(run_experts).lower(*arrays).as_text()
   assert text == jax.jit(partial(run_experts, backend="blocks")).lower(*arrays).as_text()
   assert text != jax.jit(partial(run_experts, backend="ragged")).lower(*arrays).as_text()
 
 
-def test_elsewhere_auto_gathers_experts_for_few_pairs_and_groups_many():
+def test_auto_on_gpus_is_gathered_for_few_pairs_and_ragged_for_many():
   arrays = layer(*ROUTINGS["some outside"])
   text = jax.jit(partial(run_experts, platform="gpu")).lower(*arrays).as_text()
   assert text == jax.jit(partial(run_experts, backend="ragged")).lower(*arrays).as_text()
@@ -193,18 +193,18 @@ def test_elsewhere_auto_gathers_experts_for_few_pairs_and_groups_many():
   assert {choose_backend("cpu", pairs, 128) for pairs in (8, 1024)} == {"blocks"}
 
 
-def test_blocks_grow_with_the_pairs_of_an_expert():
+def test_block_rows_grow_with_the_pairs_per_expert():
   assert [block_rows(16 * pairs, 16) for pairs in (1, 2, 47, 48, 255, 256, 10**5)] == [1, 8, 8, 64, 64, 128, 128]
 
 
-def test_a_token_gets_the_same_bits_whatever_else_is_dropped():
+def test_output_of_a_token_does_not_depend_on_dropped_tokens():
   x, expert_index, gate, weights = layer(67, 4, 3, distinct(4))
   run = jax.jit(partial(run_blocks, rows=8))
   half = jnp.where(jnp.arange(67)[:, None] < 30, expert_index, -1)
   np.testing.assert_array_equal(run(x, half, gate, weights)[:30], run(x, expert_index, gate, weights)[:30])
 
 
-def test_pairs_stand_in_order_of_expert_then_of_token():
+def test_pairs_are_sorted_by_expert_then_by_token():
   expert_index = layer(97, 6, 2, some_outside(6))[1]
   order = order_by_expert(expert_index, 6)
   flat = np.asarray(expert_index).reshape(-1)
@@ -262,7 +262,7 @@ def test_blocks_work_in_shard_map_and_pmap():
   assert_close((dx.reshape(x.shape), dgate.reshape(gate.shape), first), want, 1e-5)
 
 
-def test_experts_split_over_devices_add_up_to_all_of_them():
+def test_outputs_of_expert_shards_sum_to_the_whole_layer():
   x, expert_index, gate, weights = layer(67, 6, 3, distinct(6))
   whole = run_experts(x, expert_index, gate, weights)
   parts = [Experts(*(w[3 * i : 3 * i + 3] for w in weights[:3])) for i in range(2)]
@@ -270,7 +270,7 @@ def test_experts_split_over_devices_add_up_to_all_of_them():
   assert_close(halves[0] + halves[1], whole, 1e-6)
 
 
-def test_mistakes_are_told_with_their_cure():
+def test_errors_say_the_cure():
   x, expert_index, gate, weights = layer(8, 4, 2, distinct(4))
   with pytest.raises(ValueError, match=r"backend is 'fast'.*'blocks'"):
     run_experts(x, expert_index, gate, weights, backend="fast")

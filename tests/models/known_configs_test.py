@@ -1,4 +1,4 @@
-"""Public models by their shapes alone: nothing is allocated."""
+"""Parameter counts of public models, from abstract shapes."""
 
 import jax
 import numpy as np
@@ -20,17 +20,17 @@ TOTALS = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_policy_has_the_arrays_that_the_checkpoint_fills(name):
+def test_policy_and_checkpoint_have_the_published_parameter_count(name):
   config = known_config(name)
   shapes = jax.eval_shape(build_policy(config).init, jax.random.key(0))
   total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
-  from_tensors = sum(int(np.prod(slots[0].shape)) for slots in tensor_map(config).values())
+  from_tensors = sum(int(np.prod(slices[0].tensor_shape)) for slices in tensor_map(config).values())
   assert total == from_tensors
   if name in TOTALS:
     assert total == TOTALS[name]
 
 
-def test_parameter_counts_of_the_others_are_the_published_ones_to_the_digits_given():
+def test_rounded_parameter_counts_are_the_published_ones():
   def total(name):
     shapes = jax.eval_shape(build_policy(known_config(name)).init, jax.random.key(0))
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
@@ -41,6 +41,6 @@ def test_parameter_counts_of_the_others_are_the_published_ones_to_the_digits_giv
   assert round((total("Moonlight-16B-A3B") - embeddings) / 1e9, 2) == 15.29
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones():
+def test_error_of_an_unknown_name_lists_the_known_ones():
   with pytest.raises(ValueError, match=r"Qwen3-30B-A3B.*gpt-oss-20b"):
     known_config("Qwen9")

@@ -14,7 +14,7 @@ from models import lora
 from models.config import LoraConfig
 from models.huggingface.adapter import SETTINGS, WEIGHTS, load_adapter, save_adapter
 from models.huggingface.checkpoint import save_pretrained
-from models.huggingface.tensor_map import params_from_hf
+from models.huggingface.parameters import params_from_hf
 from models.policy import build_policy
 from rspo_jax.training import parameters
 from tests.support import hf_cases
@@ -24,7 +24,7 @@ EVERYWHERE = LoraConfig(rank=3, alpha=6.0, targets=("attention/", "moe/(gate|up|
 
 @functools.cache
 def adapted(family="qwen3_moe", case="plain", options=EVERYWHERE, seed=0):
-  """(config, base parameters, base with adapters whose B is not zero)."""
+  """(config, base parameters, the same with adapters whose B is not zero)."""
   base = hf_cases.small_config(family, case)
   config = dataclasses.replace(base, lora=options)
   params = jax.tree.map(jnp.asarray, params_from_hf(base, hf_cases.random_tensors(base)))
@@ -47,7 +47,7 @@ def logits(config, params):
   return program(config)(params, tokens)
 
 
-def test_fresh_adapters_change_nothing_and_are_beside_every_target():
+def test_new_adapters_do_not_change_the_function_and_exist_for_every_target():
   config, params, _ = adapted()
   fresh = lora.add_lora(config, params, jax.random.key(1))
   np.testing.assert_array_equal(logits(config, fresh), logits(dataclasses.replace(config, lora=LoraConfig()), params))
@@ -59,28 +59,28 @@ def test_fresh_adapters_change_nothing_and_are_beside_every_target():
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss"])
-def test_a_merged_model_computes_what_the_adapted_one_does_and_the_base_is_untouched(family):
+def test_merged_model_equals_the_adapted_one_and_base_parameters_are_unchanged(family):
   config, params, both = adapted(family)
   flat, before = traverse_util.flatten_dict(both), traverse_util.flatten_dict(params)
   assert all(np.array_equal(flat[path], leaf) for path, leaf in before.items())
   plain, merged = lora.merge_lora(config, both)
   assert jax.tree.structure(merged) == jax.tree.structure(params)
-  wanted = logits(config, both)
-  assert np.abs(wanted - logits(plain, params)).max() > 1e-2
-  np.testing.assert_allclose(logits(plain, merged), wanted, atol=1e-5 * np.abs(wanted).max())
+  expected = logits(config, both)
+  assert np.abs(expected - logits(plain, params)).max() > 1e-2
+  np.testing.assert_allclose(logits(plain, merged), expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_the_update_is_alpha_over_rank_times_a_b_for_every_expert():
+def test_update_is_alpha_over_rank_times_a_b_for_every_expert():
   config, params, both = adapted()
   _, merged = lora.merge_lora(config, both)
   moe, base = both["layers_0"]["moe"], params["layers_0"]["moe"]
   for layer, expert in ((0, 0), (2, 7)):
     product = np.asarray(moe["up_lora_a"])[layer, expert] @ np.asarray(moe["up_lora_b"])[layer, expert]
-    found = merged["layers_0"]["moe"]["up"][layer, expert] - base["up"][layer, expert]
-    np.testing.assert_allclose(found, 2.0 * product, atol=1e-6)
+    update = merged["layers_0"]["moe"]["up"][layer, expert] - base["up"][layer, expert]
+    np.testing.assert_allclose(update, 2.0 * product, atol=1e-6)
 
 
-def test_training_with_everything_else_frozen_moves_the_adapters_alone():
+def test_training_with_a_frozen_base_changes_only_the_adapters():
   config, _, both = adapted()
   policy = build_policy(config)
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 9)), jnp.int32)
@@ -104,7 +104,7 @@ def test_training_with_everything_else_frozen_moves_the_adapters_alone():
   assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in adapters) + 1
 
 
-def test_a_saved_adapter_is_read_back_to_the_bit_and_has_pefts_names(tmp_path):
+def test_saved_adapter_loads_bitwise_equal_and_has_the_names_of_peft(tmp_path):
   config, params, both = adapted("qwen2_moe")
   save_adapter(tmp_path, config, both, base="some/base")
   back = load_adapter(tmp_path, config, params)
@@ -119,7 +119,7 @@ def test_a_saved_adapter_is_read_back_to_the_bit_and_has_pefts_names(tmp_path):
   assert "model.layers.0.mlp.gate" in settings["target_modules"]
 
 
-def test_an_adapter_that_does_not_fit_is_refused_with_its_cure(tmp_path):
+def test_error_of_an_adapter_that_does_not_fit_says_the_cure(tmp_path):
   config, params, both = adapted()
   save_adapter(tmp_path, config, both)
   with pytest.raises(ValueError, match=r"set lora\.rank"):
@@ -130,13 +130,13 @@ def test_an_adapter_that_does_not_fit_is_refused_with_its_cure(tmp_path):
   with pytest.raises(ValueError, match="no adapters"):
     save_adapter(tmp_path, dataclasses.replace(config, lora=LoraConfig()), params)
   fused, _, tensors = adapted("gpt_oss", options=LoraConfig(rank=2, targets=("moe/up$",)))
-  with pytest.raises(ValueError, match="merged"):
+  with pytest.raises(ValueError, match="merge them instead"):
     save_adapter(tmp_path, fused, tensors)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen2"])
-def test_peft_loads_the_adapter_and_computes_the_same(family, tmp_path):
+def test_peft_loads_the_adapter_and_computes_the_same_logits(family, tmp_path):
   torch = pytest.importorskip("torch")
   peft = pytest.importorskip("peft")
   transformers = pytest.importorskip("transformers")
@@ -150,6 +150,6 @@ def test_peft_loads_the_adapter_and_computes_the_same(family, tmp_path):
   model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9))
   with torch.no_grad():
-    theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    reference = model(torch.from_numpy(tokens)).logits.numpy()
   ours = np.asarray(logits(config, both))
-  assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+  assert np.abs(ours - reference).max() < 1e-5 * np.abs(reference).max()

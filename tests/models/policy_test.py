@@ -15,12 +15,12 @@ from tests.support import tiny
 
 
 def outputs(policy, params, tokens, valid, **keywords):
-  """(logits, what the probe saw) of one forward."""
+  """(logits, output of the probe) of one forward."""
   hidden, probed = jax.jit(lambda: policy.forward(params, tokens, valid, **keywords))()
   return policy.unembed(params, hidden), probed
 
 
-def test_the_default_probe_returns_the_router_logits_of_the_moe_layers():
+def test_default_probe_returns_the_router_logits_of_the_moe_layers():
   policy, params = tiny.policy_and_params()
   tokens, valid = tiny.prompts()
   _, router_logits = outputs(policy, params, tokens, valid)
@@ -28,7 +28,7 @@ def test_the_default_probe_returns_the_router_logits_of_the_moe_layers():
   assert router_logits.dtype == jnp.float32
 
 
-def test_a_probe_sees_the_choice_that_the_layer_executes_and_its_own_slice_of_the_inputs():
+def test_probe_gets_the_executed_routing_and_the_inputs_of_its_layer():
   policy, params = tiny.policy_and_params()
   tokens, valid = tiny.prompts()
 
@@ -41,7 +41,7 @@ def test_a_probe_sees_the_choice_that_the_layer_executes_and_its_own_slice_of_th
   np.testing.assert_array_equal(seen, layers)
 
 
-def test_replaying_the_own_choice_changes_nothing_and_another_choice_is_executed():
+def test_replayed_experts_are_executed_and_the_same_experts_change_nothing():
   policy, params = tiny.policy_and_params()
   tokens, valid = tiny.prompts()
   expected, router_logits = outputs(policy, params, tokens, valid)
@@ -52,7 +52,7 @@ def test_replaying_the_own_choice_changes_nothing_and_another_choice_is_executed
   assert np.abs(other - expected)[np.asarray(valid)].max() > 1e-3
 
 
-def test_replayed_gates_are_executed_as_they_are_and_leave_the_router_without_gradient():
+def test_replayed_gates_are_executed_and_the_router_gets_no_gradient():
   policy, params = tiny.policy_and_params()
   tokens, valid = tiny.prompts()
   expected, router = outputs(policy, params, tokens, valid, probe=lambda router, probe_inputs: router)
@@ -71,7 +71,7 @@ def test_replayed_gates_are_executed_as_they_are_and_leave_the_router_without_gr
   assert of_router[0].any() and not of_router[1].any()
 
 
-def test_a_router_bias_moves_the_choice_but_not_the_gates_and_has_no_gradient():
+def test_router_bias_changes_the_selection_but_not_the_gates_and_has_no_gradient():
   biased = build_policy(dataclasses.replace(tiny.CONFIG, router_bias=True))
   params = jax.jit(biased.init)(jax.random.key(0))
   tokens, valid = tiny.prompts()
@@ -87,56 +87,56 @@ def test_a_router_bias_moves_the_choice_but_not_the_gates_and_has_no_gradient():
   assert not any(gradient[f"layers_{i}"]["moe"]["router_bias"].any() for i in (0, 2))
 
 
-def test_prefill_and_decode_repeat_the_full_forward():
+def test_prefill_and_decode_equal_the_full_forward():
   policy, params = tiny.policy_and_params()
   tokens, valid = tiny.prompts(length=9)
   valid = valid.at[:, 6:].set(True)
   hidden, router_logits = policy.forward(params, tokens, valid)
   weights = policy.for_decode(params, 9)
   cache = policy.init_cache(8, 9)
-  first, seen, cache = policy.prefill(weights, tokens[:, :6], valid[:, :6], cache)
-  parts, routers = [first], [seen]
+  prompt_hidden, prompt_logits, cache = policy.prefill(weights, tokens[:, :6], valid[:, :6], cache)
+  hidden_parts, logits_parts = [prompt_hidden], [prompt_logits]
   decode = jax.jit(policy.decode)
   for slot in range(6, 9):
-    one, seen, cache = decode(weights, tokens[:, slot], valid[:, slot], cache)
-    parts.append(one[:, None])
-    routers.append(seen[:, :, None])
+    step_hidden, step_logits, cache = decode(weights, tokens[:, slot], valid[:, slot], cache)
+    hidden_parts.append(step_hidden[:, None])
+    logits_parts.append(step_logits[:, :, None])
   mask = np.asarray(valid)
-  np.testing.assert_allclose(jnp.concatenate(parts, 1)[mask], hidden[mask], atol=1e-5)
-  np.testing.assert_allclose(jnp.concatenate(routers, 2)[:, mask], router_logits[:, mask], atol=1e-5)
+  np.testing.assert_allclose(jnp.concatenate(hidden_parts, 1)[mask], hidden[mask], atol=1e-5)
+  np.testing.assert_allclose(jnp.concatenate(logits_parts, 2)[:, mask], router_logits[:, mask], atol=1e-5)
 
 
-def prefilled(policy, params):
-  """hidden [B, T, D] and the cache after a prefill of the whole batch."""
+def prefill(policy, params):
+  """(hidden [valid positions, D], the cache) after a prefill of the whole batch."""
   tokens, valid = tiny.prompts()
   weights = policy.for_decode(params, tokens.shape[1])
   hidden, _, cache = jax.jit(policy.prefill)(weights, tokens, valid, policy.init_cache(*tokens.shape))
   return np.asarray(hidden, np.float32)[np.asarray(valid)], cache
 
 
-def test_decoding_keeps_half_the_bytes_of_weights_in_bfloat16_and_computes_the_same():
+def test_bfloat16_decode_weights_are_cast_once_and_give_the_same_hidden_states():
   _, params = tiny.policy_and_params()
   policy = build_policy(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"))
   weights = policy.for_decode(params, 5)
-  kinds = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
-  wide = {path for path, dtype in kinds.items() if dtype == jnp.float32}
-  assert len(kinds) - len(wide) > 20 and all("router" in path or "rotary" in path for path in wide)
+  dtypes = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
+  float32 = {path for path, dtype in dtypes.items() if dtype == jnp.float32}
+  assert len(dtypes) - len(float32) > 20 and all("router" in path or "rotary" in path for path in float32)
   tokens, valid = tiny.prompts()
-  wanted = jax.jit(policy.forward)(params, tokens, valid)[0][valid]
-  error = np.abs(prefilled(policy, params)[0] - np.asarray(wanted, np.float32)).max(axis=-1)
-  assert np.median(error) < 0.02  # products are summed in another order, and a near tie flips an expert
+  expected = jax.jit(policy.forward)(params, tokens, valid)[0][valid]
+  error = np.abs(prefill(policy, params)[0] - np.asarray(expected, np.float32)).max(axis=-1)
+  assert np.median(error) < 0.02  # sums have another order, so near ties of the router select other experts
 
 
-def test_a_bfloat16_cache_is_half_as_large_and_costs_little_precision():
+def test_bfloat16_cache_has_half_the_size_and_a_small_error():
   policy, params = tiny.policy_and_params()
-  narrow = build_policy(dataclasses.replace(tiny.CONFIG, cache_dtype="bfloat16"))
-  (wanted, cache), (found, half) = prefilled(policy, params), prefilled(narrow, params)
-  assert jax.tree.leaves(half.layers)[0].dtype == jnp.bfloat16
-  assert sum(leaf.nbytes for leaf in half.layers[0]) * 2 == sum(leaf.nbytes for leaf in cache.layers[0])
-  assert 0 < np.median(np.abs(found - wanted).max(axis=-1)) < 0.02
+  bfloat16 = build_policy(dataclasses.replace(tiny.CONFIG, cache_dtype="bfloat16"))
+  (expected, cache), (actual, small) = prefill(policy, params), prefill(bfloat16, params)
+  assert jax.tree.leaves(small.layers)[0].dtype == jnp.bfloat16
+  assert sum(leaf.nbytes for leaf in small.layers[0]) * 2 == sum(leaf.nbytes for leaf in cache.layers[0])
+  assert 0 < np.median(np.abs(actual - expected).max(axis=-1)) < 0.02
 
 
-def test_what_stands_in_padding_changes_no_valid_position():
+def test_padding_tokens_do_not_change_valid_positions():
   policy, params = tiny.policy_and_params()
   tokens, valid = tiny.prompts()
   expected, _ = outputs(policy, params, tokens, valid)
@@ -146,7 +146,7 @@ def test_what_stands_in_padding_changes_no_valid_position():
   assert np.isfinite(other).all()
 
 
-def test_later_tokens_change_no_earlier_position():
+def test_later_tokens_do_not_change_earlier_positions():
   policy, params = tiny.policy_and_params()
   tokens, valid = tiny.prompts()
   expected, _ = outputs(policy, params, tokens, valid)
@@ -154,19 +154,19 @@ def test_later_tokens_change_no_earlier_position():
   np.testing.assert_allclose(other[:, :-1], expected[:, :-1], atol=1e-6)
 
 
-def test_layers_are_unrolled_by_default_where_that_is_faster():
+def test_default_unrolls_up_to_eight_layers_on_cpus():
   config = dataclasses.replace(tiny.CONFIG, scan_layers=None)
   assert not config.scans_layers("cpu")
   assert config.scans_layers("gpu") and config.scans_layers("tpu")
   assert not dataclasses.replace(config, num_hidden_layers=8).scans_layers("cpu")
   assert dataclasses.replace(config, num_hidden_layers=9).scans_layers("cpu")
   assert dataclasses.replace(config, remat=True).scans_layers("cpu")
-  for given in (True, False):
-    chosen = dataclasses.replace(config, scan_layers=given)
-    assert chosen.scans_layers("cpu") == chosen.scans_layers("gpu") == given
+  for scan in (True, False):
+    explicit = dataclasses.replace(config, scan_layers=scan)
+    assert explicit.scans_layers("cpu") == explicit.scans_layers("gpu") == scan
 
 
-def test_the_platform_is_that_of_the_devices_of_the_mesh(monkeypatch):
+def test_platform_is_that_of_the_devices_of_the_mesh(monkeypatch):
   devices = np.array([[types.SimpleNamespace(platform="gpu")]])
   assert platform_of(Layout(types.SimpleNamespace(devices=devices), mesh.RULES)) == "gpu"
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -189,11 +189,11 @@ def test_auto_on_cpus_means_unrolled_layers_and_blocks():
 
 def test_scanned_and_unrolled_layers_have_the_same_parameters():
   config = dataclasses.replace(tiny.CONFIG, num_hidden_layers=4)
-  chosen, scanned, unrolled = (
+  auto, scanned, unrolled = (
     jax.jit(build_policy(dataclasses.replace(config, scan_layers=scan)).init)(jax.random.key(0))
     for scan in (None, True, False)
   )
-  jax.tree.map(np.testing.assert_array_equal, chosen, scanned)
+  jax.tree.map(np.testing.assert_array_equal, auto, scanned)
   jax.tree.map(np.testing.assert_array_equal, unrolled, scanned)
 
 
@@ -208,7 +208,7 @@ def test_logical_axes_name_every_axis_of_every_parameter():
 
 
 @pytest.mark.parametrize("backend", ["dense", "ragged", "blocks", "gathered"])
-def test_every_way_of_running_the_experts_gives_the_same_logits(backend):
+def test_every_expert_backend_gives_the_same_logits(backend):
   _, params = tiny.policy_and_params()
   tokens, valid = tiny.prompts()
   expected, _ = outputs(build_policy(tiny.CONFIG), params, tokens, valid)
@@ -225,12 +225,12 @@ def test_bfloat16_activations_stay_near_float32_and_the_router_stays_float32():
     build_policy(dataclasses.replace(tiny.CONFIG, dtype="bfloat16")), params, tokens, valid
   )
   assert logits.dtype == router_logits.dtype == jnp.float32
-  # Near ties flip experts; most tokens must still agree.
+  # Near ties of the router select other experts; most tokens must still agree.
   error = np.abs(logits - expected)[np.asarray(valid)].max(axis=-1)
   assert np.median(error) < 0.05 * np.abs(expected).max()
 
 
-def test_segments_are_runs_of_equal_layers():
+def test_segments_are_runs_of_layers_of_the_same_kind():
   config = dataclasses.replace(tiny.CONFIG, num_hidden_layers=6, mlp_only_layers=(0,), decoder_sparse_step=2)
   assert config.segments == ((False, 1), (True, 1), (False, 1), (True, 1), (False, 1), (True, 1))
   assert tiny.CONFIG.segments == ((True, 1), (False, 1), (True, 1))
@@ -238,7 +238,7 @@ def test_segments_are_runs_of_equal_layers():
 
 
 @pytest.mark.parametrize(
-  "wrong",
+  "changes",
   [
     {"num_key_value_heads": 3},
     {"num_experts_per_tok": 5},
@@ -249,9 +249,9 @@ def test_segments_are_runs_of_equal_layers():
   ],
   ids=str,
 )
-def test_impossible_models_are_refused(wrong):
+def test_impossible_models_are_refused(changes):
   with pytest.raises(ValueError):  # noqa: PT011 - each names its field; that it is a ValueError is the contract
-    dataclasses.replace(tiny.CONFIG, **wrong)
+    dataclasses.replace(tiny.CONFIG, **changes)
 
 
 def test_qwen3_30b_a3b_has_its_published_parameter_count():
@@ -279,13 +279,13 @@ def test_impossible_meshes_are_refused(shape, message):
     mesh.make_layout(shape)
 
 
-def test_a_mesh_fills_up_with_the_devices_that_are_left():
+def test_axis_of_size_minus_one_takes_the_remaining_devices():
   layout = mesh.make_layout({"expert": 2, "data": -1})
   assert dict(layout.mesh.shape) == {"data": 4, "fsdp": 1, "expert": 2, "tensor": 1}
   assert isinstance(layout, Layout) and layout.batch_shards == 8
 
 
-def test_parameters_and_rows_that_do_not_divide_over_the_mesh_are_named():
+def test_error_names_parameters_and_rows_that_do_not_divide_over_the_mesh():
   layout = mesh.make_layout({"tensor": 8})
   with pytest.raises(ValueError, match=r"'attention.*'key'.*\n"):
     mesh.param_shardings(build_policy(tiny.CONFIG, layout), layout)

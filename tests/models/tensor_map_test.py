@@ -1,4 +1,4 @@
-"""Names of tensors and entries of config.json, and what is said when they do not fit."""
+"""Names and shapes of tensors, entries of `config.json`, and the errors for those that do not fit."""
 
 import dataclasses
 
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from models.huggingface.config_json import config_from_hf, config_to_hf
-from models.huggingface.tensor_map import params_from_hf, params_to_hf
+from models.huggingface.parameters import params_from_hf, params_to_hf
 from tests.support.hf_cases import BASES, random_tensors, small_config
 
 BASE = {"model_type": "qwen3_moe", **BASES["qwen3_moe"]}
 
 
-def test_every_wrong_tensor_is_named():
+def test_error_lists_every_tensor_that_does_not_fit():
   config = small_config()
   tensors = random_tensors(config)
   del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
@@ -22,19 +22,19 @@ def test_every_wrong_tensor_is_named():
   with pytest.raises(ValueError, match="does not fit") as caught:
     params_from_hf(config, tensors)
   message = str(caught.value)
-  assert "model.layers.1.mlp.experts.3.up_proj.weight: missing, wanted (24, 32)" in message
+  assert "model.layers.1.mlp.experts.3.up_proj.weight: missing, want (24, 32)" in message
   assert "model.layers.2.self_attn.q_proj.bias: not expected" in message
-  assert "model.norm.weight: found (31,), wanted (32,)" in message
+  assert "model.norm.weight: is (31,), want (32,)" in message
   assert message.count("\n  ") == 4
 
 
-def test_fused_in_memory_names_are_explained():
+def test_error_explains_fused_tensor_names():
   tensors = {"model.layers.0.mlp.experts.gate_up_proj": np.zeros((8, 48, 32), np.float32)}
-  with pytest.raises(ValueError, match="save_pretrained writes the per-expert ones"):
+  with pytest.raises(ValueError, match="save_pretrained writes the per-expert tensors"):
     params_from_hf(small_config(), tensors)
 
 
-def test_every_wrong_parameter_is_named():
+def test_error_lists_every_parameter_that_does_not_fit():
   config = small_config()
   params = params_from_hf(config, random_tensors(config))
   params["head"] = params.pop("lm_head")
@@ -42,12 +42,12 @@ def test_every_wrong_parameter_is_named():
   with pytest.raises(ValueError, match="do not fit") as caught:
     params_to_hf(config, params)
   message = str(caught.value)
-  assert "lm_head: missing, wanted (32, 61)" in message
+  assert "lm_head: missing, want (32, 61)" in message
   assert "head: not expected" in message
-  assert "final_norm/scale: found (31,), wanted (32,)" in message
+  assert "final_norm/scale: is (31,), want (32,)" in message
 
 
-def test_a_tied_head_must_equal_the_embedding():
+def test_tied_head_must_equal_the_embedding():
   config = small_config(tie_word_embeddings=True)
   tensors = random_tensors(config)
   tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
@@ -57,16 +57,16 @@ def test_a_tied_head_must_equal_the_embedding():
     params_from_hf(config, tensors)
 
 
-def test_reduced_precision_tensors_are_widened_exactly():
+def test_bfloat16_tensors_convert_to_float32_exactly():
   config = small_config()
   tensors = {name: tensor.astype(jnp.bfloat16) for name, tensor in random_tensors(config).items()}
-  back = params_to_hf(config, params_from_hf(config, tensors))
+  widened = params_to_hf(config, params_from_hf(config, tensors))
   for name, tensor in tensors.items():
-    assert back[name].dtype == np.float32
-    np.testing.assert_array_equal(back[name], tensor.astype(np.float32))
+    assert widened[name].dtype == np.float32
+    np.testing.assert_array_equal(widened[name], tensor.astype(np.float32))
 
 
-def test_both_spellings_of_a_configuration_are_the_same():
+def test_both_spellings_of_config_json_give_the_same_configuration():
   public = {**BASE, "rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "bfloat16", "attention_bias": False}
   newer = {**BASE, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "dtype": "bfloat16"}
   newer["num_local_experts"] = newer.pop("num_experts")
@@ -79,7 +79,7 @@ def test_both_spellings_of_a_configuration_are_the_same():
 
 
 @pytest.mark.parametrize(
-  ("changes", "named"),
+  ("changes", "message"),
   [
     ({"model_type": "llama"}, "llama"),
     ({"attention_dropout": 0.1}, "attention_dropout"),
@@ -90,13 +90,13 @@ def test_both_spellings_of_a_configuration_are_the_same():
     ({"num_local_experts": 9}, "num_local_experts"),
   ],
 )
-def test_settings_the_model_does_not_have_are_refused(changes, named):
-  with pytest.raises(ValueError, match=named):
+def test_unsupported_entries_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
     config_from_hf({**BASE, **changes})
 
 
 @pytest.mark.parametrize(
-  ("family", "changes", "named"),
+  ("family", "changes", "message"),
   [
     ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
     ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func"),
@@ -106,19 +106,19 @@ def test_settings_the_model_does_not_have_are_refused(changes, named):
     ("gpt_oss", {"rope_scaling": None}, "rope_scaling"),
   ],
 )
-def test_settings_that_a_family_never_has_are_refused(family, changes, named):
-  with pytest.raises(ValueError, match=named):
+def test_entries_that_a_family_does_not_support_are_refused(family, changes, message):
+  with pytest.raises(ValueError, match=message):
     small_config(family, **changes)
 
 
-def test_a_configuration_that_its_family_cannot_express_is_not_written():
+def test_configuration_that_its_family_cannot_express_is_refused():
   config = dataclasses.replace(small_config("mixtral"), norm_topk_prob=False)
-  with pytest.raises(ValueError, match="norm_topk_prob is False, mixtral would read True"):
+  with pytest.raises(ValueError, match="norm_topk_prob is False, but would be read as True"):
     config_to_hf(config)
 
 
-def test_sizes_that_are_left_out_are_transformers_own():
-  # Its Qwen3MoeConfig(), MixtralConfig() and GptOssConfig() in version 5.23.
+def test_absent_entries_have_the_defaults_of_transformers():
+  # Qwen3MoeConfig() and MixtralConfig() of transformers 5.23.
   config = config_from_hf({"model_type": "qwen3_moe"})
   assert (config.hidden_size, config.num_experts, config.num_key_value_heads, config.head_dim) == (2048, 128, 4, 64)
   assert (config.norm_topk_prob, config.rope_theta) == (False, 10_000.0)

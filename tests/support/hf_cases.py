@@ -1,4 +1,4 @@
-"""Small checkpoints of every public family: configurations that vary each switch, and random weights for them."""
+"""Small checkpoints of every public family: configurations that cover each option, and random weights."""
 
 import json
 from pathlib import Path
@@ -98,7 +98,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "without_biases_own_heads": {"qkv_bias": False, "num_key_value_heads": 4},
     "dense_layer_between": {"mlp_only_layers": [1], "num_hidden_layers": 3},
     "tied_shared_heads": {"tie_word_embeddings": True, "num_key_value_heads": 1},
-    "sliding_by_turns": {
+    "sliding_window_in_alternating_layers": {
       "use_sliding_window": True,
       "sliding_window": 4,
       "max_window_layers": 3,
@@ -112,7 +112,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "tied_own_heads": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "biases_short_rotary_period": {"attention_bias": True, "rope_theta": 50.0},
     "yarn": {"rope_scaling": YARN},
-    "window_above": {
+    "sliding_window_in_upper_layers": {
       "use_sliding_window": True,
       "sliding_window": 5,
       "max_window_layers": 1,
@@ -125,7 +125,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "tied_own_heads": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "loose_norm_short_rotary_period": {"rms_norm_eps": 1e-3, "rope_theta": 50.0},
     "yarn": {"rope_scaling": YARN},
-    "window_above": {
+    "sliding_window_in_upper_layers": {
       "use_sliding_window": True,
       "sliding_window": 5,
       "max_window_layers": 1,
@@ -166,7 +166,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "low_rank_queries_two_shared_experts": {"q_lora_rank": 20, "n_shared_experts": 2},
     "one_group_not_renormalised": {"n_group": 1, "topk_group": 1, "norm_topk_prob": False},
     "yarn": {"rope_scaling": _DEEPSEEK_YARN, "routed_scaling_factor": 1.0},
-    "halves_not_neighbours": {"rope_interleave": False},
+    "rotary_pairs_not_interleaved": {"rope_interleave": False},
     "no_dense_layer_biases_tied": {
       "first_k_dense_replace": 0,
       "attention_bias": True,
@@ -184,41 +184,43 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
   },
 }
 
-EVERY = [(family, case) for family, cases in CASES.items() for case in cases]
-ONE_EACH = [(family, next(iter(cases))) for family, cases in CASES.items()]
+ALL_CASES = [(family, case) for family, cases in CASES.items() for case in cases]
+ONE_PER_FAMILY = [(family, next(iter(cases))) for family, cases in CASES.items()]
 
 
 def public_config(family: str, case: str = "plain", **changes: Any) -> dict[str, Any]:
-  """A case as the entries of a `config.json`."""
+  """The entries of the `config.json` of a case, with some changed."""
   return {"model_type": family, "tie_word_embeddings": False, **BASES[family], **CASES[family][case], **changes}
 
 
 def small_config(family: str = "qwen3_moe", case: str = "plain", **changes: Any) -> TransformerConfig:
+  """The configuration of `public_config`."""
   return config_json.config_from_hf(public_config(family, case, **changes))
 
 
 def random_tensors(config: TransformerConfig, seed: int = 0) -> dict[str, np.ndarray]:
-  """Random weights in the public layout: norms differ from 1, biases from 0, and routers are far from ties."""
+  """Random tensors by public name: norms are not 1, biases are not 0, and router logits are far from ties."""
   rng = np.random.default_rng(seed)
   tensors = {}
-  for name, (slot, *_) in tensor_map(config).items():
-    noise = rng.standard_normal(slot.shape)
+  for name, (first, *_) in tensor_map(config).items():
+    shape = first.tensor_shape
+    noise = rng.standard_normal(shape)
     if "norm" in name:
       value = 1 + 0.2 * noise
     elif name.endswith(("bias", "sinks")):
       value = 0.3 * noise
     elif ".gate.weight" in name or name.endswith("router.weight"):
-      value = 2 * noise / np.sqrt(slot.shape[-1])
-    elif "experts." in name and "_proj" in name and not name.endswith("weight"):  # gpt-oss's [E, inputs, outputs]
-      value = noise / np.sqrt(slot.shape[1])
+      value = 2 * noise / np.sqrt(shape[-1])
+    elif "experts." in name and "_proj" in name and not name.endswith("weight"):  # fused, [E, inputs, outputs]
+      value = noise / np.sqrt(shape[1])
     else:
-      value = noise / np.sqrt(slot.shape[-1])
+      value = noise / np.sqrt(shape[-1])
     tensors[name] = value.astype(np.float32)
   return tensors
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], shards: int = 1) -> Path:
-  """A folder as it is published: config.json and safetensors, with an index if there are several."""
+  """Writes a checkpoint folder: config.json and safetensors files, with an index if there are several."""
   from safetensors.numpy import save_file
 
   folder.mkdir(parents=True, exist_ok=True)
