@@ -27,17 +27,16 @@ quantiles = jax.jit(functools.partial(masked_quantiles, qs=QS))
 correlation = jax.jit(masked_correlation)
 
 
-def junk_outside(x, mask):
+def spoil_outside(x, mask):
   """x with NaN and infinities where the mask is False."""
-  junk = np.resize([np.nan, np.inf, -np.inf], x.shape)
-  return np.where(mask, x, junk).astype(np.float32)
+  return np.where(mask, x, np.resize([np.nan, np.inf, -np.inf], x.shape)).astype(np.float32)
 
 
 @given(rows(floats(-100, 100)))
 @settings(max_examples=50, deadline=None)
 def test_reductions_equal_numpy_on_the_selected_subset(rows):
   x, mask = (np.asarray(column).reshape(2, 4) for column in zip(*rows, strict=True))
-  subset, x = x[mask].astype(np.float64), junk_outside(x, mask)
+  subset, x = x[mask].astype(np.float64), spoil_outside(x, mask)
   mean = masked_mean(x, mask)
   np.testing.assert_allclose(mean.total, subset.sum(), rtol=0, atol=1e-6 * np.abs(subset).sum())
   assert mean.weight == subset.size
@@ -56,7 +55,7 @@ def test_reductions_equal_numpy_on_the_selected_subset(rows):
 @settings(max_examples=50, deadline=None)
 def test_quantiles_equal_numpy_at_any_magnitude(rows):
   x, mask = (np.asarray(column) for column in zip(*rows, strict=True))
-  subset, got = x[mask], quantiles(junk_outside(x, mask), mask)
+  subset, got = x[mask], quantiles(spoil_outside(x, mask), mask)
   if subset.size == 0:
     assert np.isnan(got).all()
     return
@@ -71,7 +70,7 @@ def test_quantiles_equal_numpy_on_many_values(way):
   np.testing.assert_allclose(got, np.quantile(x[mask], QS), rtol=1e-4, atol=1e-6)
 
 
-def test_selected_infinities_stay_and_selected_nan_spoils():
+def test_quantiles_of_selected_infinities_are_exact_and_of_nan_are_nan():
   mask = np.ones(5, bool)
   np.testing.assert_array_equal(
     masked_quantiles(np.asarray([-np.inf, 0, 1, np.inf, np.inf], np.float32), mask, (0, 0.25, 0.5, 0.875, 1)),
@@ -80,7 +79,7 @@ def test_selected_infinities_stay_and_selected_nan_spoils():
   assert np.isnan(masked_quantiles(np.asarray([0, 1, np.nan, 2, 3], np.float32), mask, (0.5,))).all()
 
 
-def test_percentages_are_not_taken_for_fractions():
+def test_percentages_instead_of_fractions_are_refused():
   with pytest.raises(ValueError, match=r"qs is \(99,\); want fractions in \[0, 1\]"):
     masked_quantiles(np.zeros(3, np.float32), np.ones(3, bool), (99,))
 
@@ -89,7 +88,7 @@ def test_percentages_are_not_taken_for_fractions():
 def test_masked_mean_adds_up_over_a_split_and_has_no_gradient_outside(way):
   rng = np.random.default_rng(1)
   mask = rng.random((6, 5)) < 0.5
-  x = junk_outside(rng.normal(size=(6, 5)), mask)
+  x = spoil_outside(rng.normal(size=(6, 5)), mask)
   run = way(masked_mean)
   whole, parts = run(x, mask), run(x[:2], mask[:2]) + run(x[2:], mask[2:])
   assert whole.weight == parts.weight
@@ -106,7 +105,7 @@ def test_reduced_precision_is_summed_in_float32():
 
 
 @eager_and_jitted
-def test_effective_sample_size_ignores_an_offset_that_would_overflow(way):
+def test_effective_sample_size_does_not_depend_on_an_offset(way):
   mask = np.asarray([True, True, True, False])
   log_weight = np.asarray([0.0, 0.0, -30.0, 50.0], np.float32)
   for offset in (-500.0, 0.0, 500.0):
@@ -125,7 +124,7 @@ def columns(*xs, unselected=0):
 @settings(max_examples=100, deadline=None)
 def test_correlation_equals_numpy_at_any_magnitude(rows):
   x, y, mask = (np.asarray(column) for column in zip(*rows, strict=True))
-  got = correlation(junk_outside(x, mask), junk_outside(y, mask), mask)
+  got = correlation(spoil_outside(x, mask), spoil_outside(y, mask), mask)
   x, y = (value[mask].astype(np.float32).astype(np.float64) for value in (x, y))
   varies = x.size > 0 and np.ptp(x) > 0 and np.ptp(y) > 0
   np.testing.assert_allclose(got, np.corrcoef(x, y)[0, 1] if varies else 0.0, rtol=0, atol=1e-5)
@@ -154,10 +153,10 @@ def test_correlation_by_hand(way):
 
 
 def test_approx_kl_estimates_the_divergence_of_the_new_from_the_old_policy():
-  """Exactly: enumerating every token with the old policy's probability gives KL(old || new), not KL(new || old)."""
+  """Exact for tokens in the old policy's proportions: KL(old || new), not KL(new || old)."""
   old, new = np.asarray([0.7, 0.2, 0.1]), np.asarray([0.3, 0.3, 0.4])
-  drawn = np.repeat(np.arange(3), [7, 2, 1])  # ten tokens in the old policy's proportions
-  log_ratio = np.append(np.log(new / old)[drawn], np.nan).astype(np.float32)
+  tokens = np.repeat(np.arange(3), [7, 2, 1])
+  log_ratio = np.append(np.log(new / old)[tokens], np.nan).astype(np.float32)
   mask = np.append(np.ones(10, bool), False)
   kl = approx_kl(log_ratio, mask)
   assert kl.weight == 10

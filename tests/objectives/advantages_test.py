@@ -1,4 +1,4 @@
-"""Advantages: hand-worked groups, the conventions side by side, and groups that must teach nothing."""
+"""Advantages: groups by hand and against numpy, the conventions, and groups of equal rewards."""
 
 import functools
 import math
@@ -48,15 +48,15 @@ def test_advantages_by_hand(way, options, want):
 
 
 def reference(reward, group, keep, baseline, scale, ddof):
-  """Row by row, as the docstring says it, in float64."""
+  """Row by row, from the definition, in float64."""
   out = np.zeros(len(reward))
   for i in np.flatnonzero(keep):
-    mine = [reward[j] for j in np.flatnonzero(keep) if group[j] == group[i]]
-    others = [reward[j] for j in np.flatnonzero(keep) if group[j] == group[i] and j != i]
-    base = {"group_mean": np.mean(mine), "leave_one_out": np.mean(others) if others else reward[i], "none": 0}[baseline]
+    members = [reward[j] for j in np.flatnonzero(keep) if group[j] == group[i]]
+    rest = [reward[j] for j in np.flatnonzero(keep) if group[j] == group[i] and j != i]
+    base = {"group_mean": np.mean(members), "leave_one_out": np.mean(rest) if rest else reward[i], "none": 0}[baseline]
     out[i] = reward[i] - base
-    if scale == "group_std" and len(mine) > ddof:
-      out[i] /= np.std(mine, ddof=ddof) + 1e-6
+    if scale == "group_std" and len(members) > ddof:
+      out[i] /= np.std(members, ddof=ddof) + 1e-6
   return out
 
 
@@ -75,25 +75,24 @@ run_all = jax.jit(
   st.lists(st.tuples(st.integers(0, 3), st.integers(0, ROWS - 1), st.booleans()), min_size=ROWS, max_size=ROWS),
 )
 @settings(max_examples=40, deadline=None)
-def test_groups_of_any_size_in_any_order_with_rows_filtered_out(rows):
+def test_advantages_equal_numpy_for_groups_of_any_size_and_order_with_filtered_rows(rows):
   reward, group, keep = (np.asarray(x) for x in zip(*rows, strict=True))
   reward = (reward / 4).astype(np.float32)  # exact in float32, so that equal rewards are equal to their mean
-  everything = run_all(reward, group, keep)
-  for (baseline, scale, ddof), got in everything.items():
+  advantages = run_all(reward, group, keep)
+  for (baseline, scale, ddof), got in advantages.items():
     want = reference(reward, group, keep, baseline, scale, ddof)
     if baseline == "none" and scale == "group_std":  # a group of equal rewards divides by epsilon alone
       got, want = np.minimum(got, 1e3), np.minimum(want, 1e3)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=f"{baseline} {scale} {ddof}")
-  junk = run_all(np.where(keep, reward, np.nan).astype(np.float32), group, keep)
-  for key, got in junk.items():
-    np.testing.assert_array_equal(got, everything[key])
+  with_nan = run_all(np.where(keep, reward, np.nan).astype(np.float32), group, keep)
+  for key, got in with_nan.items():
+    np.testing.assert_array_equal(got, advantages[key])
     assert not np.asarray(got)[~keep].any()
 
 
 @given(st.permutations(range(8)))
 @settings(max_examples=20, deadline=None)
-def test_rows_may_come_in_any_order(order):
-  """A count of rows in a group and a number for every row mean the same."""
+def test_group_numbers_in_any_order_give_the_advantages_of_a_group_size(order):
   order = np.asarray(order)
   by_size, by_number = (
     group_advantages(REWARD, 4),
@@ -104,7 +103,7 @@ def test_rows_may_come_in_any_order(order):
 
 @given(st.lists(st.integers(0, 5), min_size=12, max_size=12), st.sampled_from([2, 3, 4, 6]))
 @settings(max_examples=30, deadline=None)
-def test_every_group_has_mean_zero_and_is_untouched_by_the_others(reward, samples):
+def test_every_group_has_mean_zero_and_does_not_depend_on_other_groups(reward, samples):
   reward = np.asarray(reward, np.float32) / 5
   group = np.arange(12) // samples
   of = lambda reward: {key: np.asarray(x).reshape(-1, samples) for key, x in run_groups(reward, group).items()}
@@ -121,7 +120,7 @@ run_groups = jax.jit(lambda reward, group: {scale: group_advantages(reward, grou
 
 @eager_and_jitted
 @pytest.mark.parametrize("options", [{}, dict(scale="none"), dict(baseline="leave_one_out")], ids=str)
-def test_equal_rewards_give_exactly_zero_advantage_whatever_the_mean_rounds_to(way, options):
+def test_equal_rewards_give_exactly_zero_advantage_even_if_their_mean_is_rounded(way, options):
   samples = 7
   values = (np.arange(1, 60) / 10 + 0.01).astype(np.float32)
   reward = np.repeat(values, samples)
@@ -131,7 +130,7 @@ def test_equal_rewards_give_exactly_zero_advantage_whatever_the_mean_rounds_to(w
   assert zero_variance(reward, samples).all()
 
 
-def test_nothing_carries_gradient():
+def test_advantages_carry_no_gradient():
   mask = np.ones((8, 2), bool)
   for f in (
     lambda r: group_advantages(r, 4),
@@ -141,7 +140,7 @@ def test_nothing_carries_gradient():
     assert not jax.grad(lambda r, f=f: (f(r) ** 3).sum())(REWARD).any()
 
 
-def test_zero_variance_looks_at_the_rows_that_are_kept():
+def test_zero_variance_ignores_filtered_rows():
   reward = np.asarray([0, 0, 1, 1, 0, 1], np.float32)
   group = np.asarray([0, 1, 0, 1, 2, 2])
   assert zero_variance(reward, group).tolist() == [False] * 6
@@ -157,7 +156,7 @@ def test_zero_variance_fraction_counts_groups(way):
 
 
 @eager_and_jitted
-def test_a_tokens_advantage_is_the_rows_less_the_cost_still_to_come(way):
+def test_a_tokens_advantage_is_the_rows_minus_the_costs_from_that_token_on(way):
   mask = np.asarray([[True, False, True, True], [False, True, False, False]])
   penalty = np.where(mask, [[0.1, 9, 0.2, 0.4], [9, 0.5, 9, 9]], np.nan).astype(np.float32)
   advantage = np.asarray([1.0, -2.0], np.float32)
@@ -171,7 +170,7 @@ def test_a_tokens_advantage_is_the_rows_less_the_cost_still_to_come(way):
   st.sampled_from([0, 1]),
 )
 @settings(max_examples=30, deadline=None)
-def test_whitened_entries_have_mean_zero_and_deviation_one_and_others_do_not_count(entries, ddof):
+def test_whitening_equals_numpy_on_the_selected_entries(entries, ddof):
   x, mask = (np.asarray(column).reshape(2, 4) for column in zip(*entries, strict=True))
   x = x.astype(np.float32)
   got = np.asarray(whiten(np.where(mask, x, np.nan), mask, ddof=ddof))
@@ -185,7 +184,7 @@ def test_whitened_entries_have_mean_zero_and_deviation_one_and_others_do_not_cou
   np.testing.assert_allclose(got[mask], (chosen - chosen.mean()) / deviation, rtol=1e-5, atol=rounding / deviation)
 
 
-def test_whitening_over_tokens_weighs_a_row_by_its_length():
+def test_whitening_over_tokens_weighs_rows_by_their_length():
   mask = np.asarray([[True] * 3, [True, False, False]])
   got = whiten(np.where(mask, [[1.0], [-3.0]], 0).astype(np.float32), mask, ddof=0)
   np.testing.assert_allclose(got, [[1 / math.sqrt(3)] * 3, [-math.sqrt(3), 0, 0]], rtol=1e-5)
@@ -193,7 +192,7 @@ def test_whitening_over_tokens_weighs_a_row_by_its_length():
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("with_penalty", [False, True])
-def test_advantages_of_a_rollout_are_those_of_its_parts(scale, with_penalty):
+def test_compute_advantages_composes_baseline_scale_and_penalty(scale, with_penalty):
   rng = np.random.default_rng(3)
   mask = rng.random((8, 5)) < 0.6
   penalty = np.where(mask, rng.random(mask.shape), np.nan).astype(np.float32) if with_penalty else None
@@ -218,7 +217,7 @@ def test_impossible_advantage_options_are_refused(wrong):
 
 
 @pytest.mark.parametrize("function", [group_advantages, zero_variance, zero_variance_fraction])
-def test_rewards_that_form_no_groups_are_named_with_their_cure(function):
+def test_incomplete_groups_are_refused_with_a_cure(function):
   with pytest.raises(ValueError, match=r"8 rewards do not divide into groups of 3; want prompt-major"):
     function(REWARD, 3)
   with pytest.raises(ValueError, match="group is 1; a group needs at least 2"):
@@ -227,14 +226,14 @@ def test_rewards_that_form_no_groups_are_named_with_their_cure(function):
     function(REWARD.reshape(2, 4), 4)
 
 
-def test_arrays_of_another_length_are_named():
+def test_arrays_of_another_length_are_refused():
   with pytest.raises(ValueError, match=r"group has shape \(7,\); want \[8\]"):
     group_advantages(REWARD, np.zeros(7, int))
   with pytest.raises(ValueError, match=r"keep has shape \(7,\); want \[8\]"):
     zero_variance(REWARD, 4, keep=np.ones(7, bool))
 
 
-def test_unknown_conventions_are_named():
+def test_unknown_conventions_are_refused():
   with pytest.raises(ValueError, match=r"baseline is 'mean' .*want a baseline of .*leave_one_out"):
     group_advantages(REWARD, 4, baseline="mean")
   with pytest.raises(ValueError, match=r"scale 'std'; want .*group_std"):

@@ -1,4 +1,4 @@
-"""The four aggregations by hand, against numpy, and what their weights may depend on."""
+"""The four aggregations by hand and against numpy, and their weights."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ each_mode = pytest.mark.parametrize("mode", AGGREGATIONS)
   ],
 )
 def test_aggregation_by_hand(way, mode, total, weight):
-  """An empty row weighs nothing."""
+  """Including an empty row, which has no weight."""
   result = way(functools.partial(aggregate, mode=mode, norm_length=8))(VALUES, MASK)
   assert (result.total, result.weight, result.mean) == (total, weight, total / weight)
   assert result.weight.dtype == jnp.float32
@@ -36,7 +36,7 @@ def test_aggregation_by_hand(way, mode, total, weight):
 
 @given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=3, max_size=3))
 @settings(max_examples=30, deadline=None)
-def test_means_are_those_of_a_loop_over_rows(mask):
+def test_means_equal_numpy_row_by_row(mask):
   mask = np.asarray(mask)
   values = np.where(mask, np.linspace(-1, 2, 12).reshape(3, 4), 0).astype(np.float32)
   rows = [row[chosen] for row, chosen in zip(values, mask, strict=True) if chosen.any()]
@@ -51,7 +51,7 @@ def test_means_are_those_of_a_loop_over_rows(mask):
 
 
 @each_mode
-def test_the_weight_is_that_of_the_mask_alone(mode):
+def test_the_weight_depends_on_the_mask_alone(mode):
   for values in (VALUES, VALUES * 0, -VALUES):
     assert aggregate(values, MASK, mode, norm_length=8).weight == aggregation_weight(MASK, mode)
 
@@ -70,7 +70,7 @@ def test_doubling_every_row_keeps_the_mean_and_doubles_the_weight(mode):
   assert two.weight == 2 * one.weight
 
 
-def test_mistakes_are_named_with_their_cure():
+def test_invalid_arguments_are_refused_with_a_cure():
   for function in (functools.partial(aggregate, VALUES), aggregation_weight):
     with pytest.raises(ValueError, match=r"aggregation is 'mean'; want one of .*token_mean"):
       function(MASK, "mean")
@@ -83,8 +83,8 @@ def test_mistakes_are_named_with_their_cure():
     aggregation_weight(MASK.astype(np.float32), "token_mean")
 
 
-def test_a_constant_length_does_not_favour_short_rows():
-  """Dr.GRPO's point: the weight of a token does not depend on its row's length; under a row's mean it does."""
+def test_with_a_constant_length_the_weight_of_a_token_does_not_depend_on_its_rows_length():
+  """The argument of Dr.GRPO; with the mean over the row it does."""
   of_a_token = lambda mode: jax.grad(lambda v: aggregate(v, MASK, mode, norm_length=8).mean)(VALUES)[:2, 1]
   long, short = of_a_token("seq_mean_token_sum_norm")
   assert long == short == 1 / 16

@@ -1,7 +1,7 @@
-"""Our numbers against those of verl and TRL, computed by their own code (tests/golden/objectives.json), in float64.
+"""Our values against those of verl and TRL, computed by their own code in float64 (golden/objectives.json).
 
-Where a definition differs it is stated here: the value of a REINFORCE-like loss is -w A log pi there and -w A here (the
-gradients are the same), TRL counts empty rows, and the rows of `LEFT_OUT` are things that we do not have.
+Definitions that differ: the value of a REINFORCE-like loss is -w A log pi there and -w A here (the gradients are
+equal); TRL counts empty rows. `LEFT_OUT` lists features that this library does not have.
 """
 
 import functools
@@ -26,34 +26,34 @@ INPUTS, CASES = GOLDEN["inputs"], GOLDEN["cases"]
 TRL_LOSS, TRL_REWARD = "GRPOTrainer._compute_loss", "GRPOTrainer._generate_and_score_completions"
 REJECTION, CORRECTION = "compute_rollout_rejection_mask", "compute_rollout_correction_weights"
 
-# (function, what its options or the case itself hold, why it is left out)
+# (function, options or fields of the case, reason for leaving it out)
 LEFT_OUT = (
-  ("compute_policy_loss_dppo_tv", {}, "DPPO bounds the change of a probability, no objective of ours"),
-  ("compute_policy_loss_dppo_kl", {}, "DPPO bounds the change of a probability, no objective of ours"),
-  ("compute_policy_loss_dro", {}, "DRO's squared penalty on the ratio, no objective of ours"),
+  ("compute_policy_loss_dppo_tv", {}, "DPPO bounds the change of a probability; not in this library"),
+  ("compute_policy_loss_dppo_kl", {}, "DPPO bounds the change of a probability; not in this library"),
+  ("compute_policy_loss_dro", {}, "DRO has a squared penalty on the ratio; not in this library"),
   ("compute_policy_loss_geo_mean", {"rollout_is_weights": {"rollout_is": "token", "rollout_is_threshold": 2}},
-   "verl weighs the row by the geometric mean of its weights, we weigh every token's term by its own"),
+   "verl weighs the row by the geometric mean of its weights, this library every token by its own"),
   ("compute_opo_outcome_advantage", {}, "OPO's baseline is weighted by length"),
   ("compute_gpg_outcome_advantage", {}, "GPG rescales by the share of rows with a reward"),
-  ("compute_reinforce_plus_plus_outcome_advantage", {"gamma": 0.9}, "our returns are not discounted"),
+  ("compute_reinforce_plus_plus_outcome_advantage", {"gamma": 0.9}, "returns of this library are not discounted"),
   ("kl_penalty", {"kl_penalty": "abs"}, "an absolute value estimates no divergence"),
   (CORRECTION, {"rollout_is_batch_normalize": True}, "weights divided by their batch mean"),
   (REJECTION, {"rollout_rs": "token_k2"}, "rejection by a divergence instead of a ratio"),
   (REJECTION, {"rollout_rs": "token_k3"}, "rejection by a divergence instead of a ratio"),
   (REJECTION, {"rollout_rs": "seq_mean_k3"}, "rejection by a divergence instead of a ratio"),
   (REJECTION, {"rollout_rs": "seq_max_k2"}, "rejection by a divergence instead of a ratio"),
-  (TRL_LOSS, {"loss_type": "vespo"}, "VESPO, no objective of ours"),
+  (TRL_LOSS, {"loss_type": "vespo"}, "VESPO; not in this library"),
   (TRL_LOSS, {"use_bias_correction_kl": True}, "k3 weighted by the importance ratio"),
-  (TRL_LOSS, {"off_policy_mask_threshold": 0.1}, "a mask on negative rows that moved far"),
-  (TRL_REWARD, {"scale_rewards": "batch"}, "the deviation of the rewards; ours is that of the tokens' advantages"),
+  (TRL_LOSS, {"off_policy_mask_threshold": 0.1}, "a mask on negative rows with a large KL"),
+  (TRL_REWARD, {"scale_rewards": "batch"}, "the deviation of the rewards; here that of the tokens' advantages"),
   (TRL_REWARD, {"multi_objective_aggregation": "normalize_then_sum"}, "GDPO normalises twice"),
   ("RLOOTrainer._generate_and_score_completions", {"normalize_advantages": True},
-   "normalised over rows with the epsilon beside the deviation; ours over tokens, inside the root"),
+   "normalised over rows, epsilon added to the deviation; here over tokens, epsilon under the root"),
 )  # fmt: skip
 
 
 def left_out(case):
-  """The reasons, of which there should be at most one."""
+  """The rows of `LEFT_OUT` for a case; at most one is expected."""
   held = case | case["options"]
   return [
     row
@@ -63,7 +63,7 @@ def left_out(case):
 
 
 def cases(*functions):
-  """(name for messages, case) of the cases that we can compute."""
+  """(name for messages, case) of all cases that are not left out."""
   for number, case in enumerate(CASES):
     if case["function"] in functions and not left_out(case):
       yield f"{number}: {case['function']} {case['case']} {case.get('mask')} {case['options']}", case
@@ -118,7 +118,7 @@ VERL_MODES = {
 
 
 def verl_mean(values, mask, options):
-  """verl's agg_loss by our sums; with global_batch_info each of dp_size workers holds a part of a larger batch."""
+  """verl's agg_loss from our sums; with global_batch_info, each of dp_size workers has a part of a larger batch."""
   info = options.get("global_batch_info", {})
   mode = options.get("loss_agg_mode", "seq-mean-token-mean")
   norm = info.get("loss_scale_factor", options.get("loss_scale_factor", mask.shape[1]))
@@ -178,7 +178,7 @@ def check_loss(name, case, objective, reinforce):
     weight = weight_of(case, case.get("rollout_is_weights") or case["importance_sampling_ratio"])
   if "rollout_rs" in options:
     rejection = {key: options[key] for key in ("rollout_rs", "rollout_rs_threshold")}
-    # What is rejected leaves the mask; in bypass mode the trained policy is itself compared with the sampler.
+    # Rejected tokens leave the mask; in bypass mode the trained policy itself is compared with the sampler.
     trained = array(case, "log_prob") if "old_log_prob" in options else old
     mask = mask & (mismatch_weight(trained, array(case, "rollout_log_prob"), mask, mismatch_options(rejection)) > 0)
 
@@ -213,7 +213,7 @@ def test_losses_and_gradients(function):
       check_loss(name, case, *objective_of(case))
 
 
-def test_gspo_token_is_their_gspo_as_well():
+def test_gspo_token_equals_their_gspo():
   with jax.enable_x64(True):
     for name, case in cases("compute_policy_loss_gspo", TRL_LOSS):
       objective, _ = objective_of(case)
@@ -246,8 +246,8 @@ def test_aggregations():
         close(gradient, case["gradient"], name)
 
 
-def test_kl_estimators_where_they_are_not_clamped():
-  """verl holds the log-ratio of k3 within 20 nats and k3 itself below 10."""
+def test_kl_estimators_at_values_they_do_not_clamp():
+  """verl clamps the log-ratio of k3 to 20 nats and k3 itself to 10."""
   clamped = {"near": 0, "far": 0, "kl_extreme": 0}
   with jax.enable_x64(True):
     for name, case in cases("kl_penalty"):
@@ -319,7 +319,7 @@ def test_trls_advantages():
 
 @pytest.mark.parametrize("function", [CORRECTION, REJECTION, TRL_REWARD])
 def test_mismatch_weights(function):
-  """Inside the mask: outside ours is 0, TRL's that of ratio 1."""
+  """Inside the mask; outside it, our weight is 0 and TRL's is 1."""
   for name, case in cases(function):
     if "advantage" in case:
       continue
@@ -342,7 +342,7 @@ def test_overlong_penalty_and_its_floor():
     penalty = functools.partial(overlong_penalty, max_length=limit, buffer=buffer, penalty=most)
     close(1 + penalty(length), case["reward"], name)
     assert max(case["length"]) <= limit
-    assert (penalty(limit + jnp.arange(20)) == -most).all(), "verl goes on falling"
+    assert (penalty(limit + jnp.arange(20)) == -most).all(), "verl's penalty continues to fall"
 
 
 COMPARED = {
@@ -363,6 +363,6 @@ def test_every_case_is_compared_or_left_out_for_one_reason():
   assert (len(compared), len(used)) == (187, 37)
 
 
-def test_the_witnesses_are_the_versions_we_name():
+def test_the_golden_values_are_from_the_documented_versions():
   made_with = GOLDEN["made_with"]
   assert (made_with["verl"], made_with["trl"]) == ("0.9.1", "1.16.0")

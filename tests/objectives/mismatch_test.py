@@ -1,4 +1,4 @@
-"""Weights against a sampler that is not the trainer."""
+"""Weights that correct for a sampler that differs from the trainer."""
 
 import itertools
 
@@ -15,7 +15,7 @@ EVERY = [MismatchOptions(*pair, upper=2.0, lower=0.5) for pair in itertools.prod
 
 
 def weights(ratio=RATIO, mask=MASK, way=lambda f: f):
-  """By correction and level, of rows whose trainer says `ratio` times what the sampler said."""
+  """By correction and level; the trainer's probabilities are `ratio` times the sampler's."""
   sampler = np.random.default_rng(0).uniform(-3, 0, mask.shape)
   old = (sampler + np.log(ratio)).astype(np.float32)
   run = way(lambda old, sampler, mask: [mismatch_weight(old, sampler, mask, options) for options in EVERY])
@@ -48,16 +48,16 @@ def test_only_icepop_has_a_lower_bound():
     np.testing.assert_allclose(weight[MASK], want, rtol=1e-5)
 
 
-def test_a_sampler_that_agrees_has_weight_one_inside_the_mask():
+def test_equal_policies_have_weight_one_inside_the_mask():
   for weight in weights(np.ones(MASK.shape)).values():
     np.testing.assert_allclose(weight, MASK, rtol=1e-6)
 
 
-def test_what_stands_outside_the_mask_does_not_count():
-  clean = weights()
-  for junk in (np.nan, np.inf, 1e-9):
-    for key, weight in weights(np.where(MASK, RATIO, junk)).items():
-      np.testing.assert_array_equal(weight, clean[key])
+def test_values_outside_the_mask_have_no_effect():
+  expected = weights()
+  for outside in (np.nan, np.inf, 1e-9):
+    for key, weight in weights(np.where(MASK, RATIO, outside)).items():
+      np.testing.assert_array_equal(weight, expected[key])
       assert not np.asarray(weight)[~MASK].any()
 
 
@@ -68,7 +68,7 @@ def test_weights_carry_no_gradient():
     assert not any(g.any() for g in jax.grad(f, argnums=(0, 1))(one, one * 0))
 
 
-def test_unknown_corrections_and_thresholds_are_named():
+def test_unknown_corrections_and_impossible_thresholds_are_refused():
   with pytest.raises(ValueError, match=r"correction is 'is' and level 'token'; want one of .*'tis'"):
     MismatchOptions(correction="is")
   with pytest.raises(ValueError, match=r"level 'row'; want .*'sequence_mean'"):

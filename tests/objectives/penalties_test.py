@@ -1,4 +1,4 @@
-"""KL estimators against exact divergences over a whole vocabulary, and the punishment of long completions."""
+"""KL estimators against exact divergences over a whole vocabulary, and the penalty of long completions."""
 
 import functools
 
@@ -27,7 +27,7 @@ def test_estimators_by_hand(way):
 
 
 def expected(f):
-  """Mean of a per-token estimate over tokens the policy draws, exactly; and its gradient along the samples."""
+  """The exact expectation of a per-token estimate over the policy's tokens, and its gradient for fixed samples."""
 
   def sampled(logits):
     log_prob = jax.nn.log_softmax(logits)
@@ -36,7 +36,7 @@ def expected(f):
   return jax.value_and_grad(sampled)(jnp.asarray(LOGITS))
 
 
-def test_k1_and_k3_are_unbiased_and_the_gradients_are_of_different_things():
+def test_k1_and_k3_are_unbiased_and_the_three_gradients_differ():
   """k1's is zero, k2's is that of KL(policy || reference), k3's that of KL(reference || policy)."""
   with jax.enable_x64(True):
     reference = jax.nn.log_softmax(jnp.asarray(REFERENCE))
@@ -59,7 +59,7 @@ def test_k1_and_k3_are_unbiased_and_the_gradients_are_of_different_things():
 
 @given(st.lists(st.floats(-20, 20, width=32), min_size=6, max_size=6))
 @settings(max_examples=50, deadline=None)
-def test_k3_is_its_formula_and_never_negative(log_ratio):
+def test_k3_equals_its_formula_and_is_never_negative(log_ratio):
   log_ratio = np.asarray(log_ratio, np.float32)
   got = kl(-log_ratio, np.zeros_like(log_ratio), "k3")
   assert (got >= 0).all()
@@ -68,20 +68,20 @@ def test_k3_is_its_formula_and_never_negative(log_ratio):
 
 
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
-def test_equal_policies_have_exactly_no_divergence(estimator):
+def test_equal_policies_have_a_divergence_of_exactly_zero(estimator):
   x = jnp.asarray([[-0.3, -17.0]], jnp.bfloat16)
   value = kl(x, x, estimator)
   assert value.dtype == jnp.float32
   assert not value.any()
 
 
-def test_unknown_estimators_are_named():
+def test_unknown_estimators_are_refused():
   with pytest.raises(ValueError, match=r"estimator is 'k4'; want one of .*'k3'"):
     kl(jnp.zeros((1, 1)), jnp.zeros((1, 1)), "k4")
 
 
 @pytest.mark.parametrize("way", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_overlong_penalty_falls_within_the_buffer_and_no_further(way):
+def test_overlong_penalty_falls_within_the_buffer_and_is_constant_beyond(way):
   length = np.asarray([1, 12, 13, 14, 16, 17, 99], np.int32)
   got = way(functools.partial(overlong_penalty, max_length=16, buffer=4, penalty=2.0))(length)
   assert got.dtype == jnp.float32
@@ -89,6 +89,6 @@ def test_overlong_penalty_falls_within_the_buffer_and_no_further(way):
 
 
 @pytest.mark.parametrize("bad", [dict(buffer=0), dict(buffer=17), dict(buffer=4, penalty=-1.0)], ids=str)
-def test_a_buffer_outside_the_limit_is_named(bad):
+def test_a_buffer_outside_the_limit_is_refused(bad):
   with pytest.raises(ValueError, match=rf"buffer is {bad['buffer']}, max_length 16 .*want 0 < buffer <= max_length"):
     overlong_penalty(jnp.ones(2), max_length=16, **bad)

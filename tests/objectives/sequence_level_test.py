@@ -1,4 +1,4 @@
-"""The objectives of sequences: hand-worked cases, explicit formulas, conventions and placements side by side."""
+"""Sequence-level objectives: cases by hand, the printed formulas, conventions and placements."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rspo_jax.objectives.sequence_level import gmpo, gspo, rloo
 from rspo_jax.objectives.token_level import grpo, policy_gradient
 from rspo_jax.types import PLACEMENTS
-from tests.support.objective_cases import assert_same, batch
+from tests.support.objective_cases import assert_same, batch, under_placements
 
 
 def row(objective, log_ratio, advantage, *, log_shift=None, **options):
@@ -27,7 +27,7 @@ def row(objective, log_ratio, advantage, *, log_shift=None, **options):
 
 
 def value(objective, *arguments, **options):
-  """The row's term, which stands on each of its tokens."""
+  """The row's term, which is repeated on each of its tokens."""
   terms, _ = row(objective, *arguments, **options)
   assert (terms.objective == terms.objective[0]).all()
   return float(terms.objective[0])
@@ -52,16 +52,16 @@ def test_gspo_clips_the_sequence_ratio_by_hand(log_ratio, advantage, want, low, 
 
 
 @pytest.mark.parametrize("trust", [0.9996, 0.9, 0.8])
-def test_router_shift_before_gspos_narrow_clip_silences_negative_sequences_and_frees_positive_ones(trust):
+def test_router_shift_before_gspos_narrow_clip_removes_gradients_of_negative_sequences_only(trust):
   shift = {"log_shift": math.log(trust)}
-  silenced, gradient = row(gspo, [0.0, 0.0], -1.0, placement="before_clip", **shift)
-  assert silenced.clipped_low.all() and not gradient.any()
-  np.testing.assert_allclose(silenced.objective, -0.9997, rtol=1e-6)
-  # A positive sequence over the upper bound comes back under it.
+  negative, gradient = row(gspo, [0.0, 0.0], -1.0, placement="before_clip", **shift)
+  assert negative.clipped_low.all() and not gradient.any()
+  np.testing.assert_allclose(negative.objective, -0.9997, rtol=1e-6)
+  # A positive sequence above the upper bound moves below it.
   over = [0.00045, 0.00045]
   assert row(gspo, over, 1.0)[0].clipped_high.all()
-  freed, gradient = row(gspo, over, 1.0, placement="before_clip", **shift)
-  assert not freed.clipped_high.any() and gradient.all()
+  positive, gradient = row(gspo, over, 1.0, placement="before_clip", **shift)
+  assert not positive.clipped_high.any() and gradient.all()
   for placement in ("weight", "after_clip"):
     for q, advantage in (([0.0, 0.0], -1.0), (over, 1.0)):
       base, base_gradient = row(gspo, q, advantage)
@@ -71,7 +71,7 @@ def test_router_shift_before_gspos_narrow_clip_silences_negative_sequences_and_f
       assert_same(damped[1:], base[1:])
 
 
-def test_a_trust_within_gspos_window_silences_nothing():
+def test_a_trust_within_gspos_bounds_removes_no_gradient():
   terms, gradient = row(gspo, [0.0, 0.0], -1.0, log_shift=math.log(0.9998), placement="before_clip")
   assert not terms.grad_clipped.any() and gradient.all()
 
@@ -102,7 +102,7 @@ def test_gmpos_two_conventions_differ_in_the_bound_of_negative_sequences():
     np.testing.assert_allclose(value(gmpo, [2.0], 1.0, bounds=convention, **bounds), math.exp(0.3), rtol=1e-6)
 
 
-def test_length_epsilon_stands_beside_the_length():
+def test_length_epsilon_is_added_to_the_length():
   want = 2.0 * math.exp((0.3 + 0.1) / (2 + 0.5))
   np.testing.assert_allclose(value(gmpo, [0.3, 0.1], 2.0, length_epsilon=0.5), want, rtol=1e-6)
 
@@ -147,7 +147,7 @@ def test_v1_placement_in_gmpo_amplifies_negative_sequences_and_a_weight_damps_bo
   ],
 )
 def test_rloo_clips_the_product_of_ratios_by_hand(log_ratio, advantage, want, low, high):
-  """Not normalised by length; held at 30 nats."""
+  """Not normalised by length; bounded by 30 nats."""
   terms, gradient = row(rloo, log_ratio, advantage)
   np.testing.assert_allclose(terms.objective, [want] * 2, rtol=1e-5)
   assert terms.clipped_low.tolist() == [low] * 2
@@ -155,7 +155,7 @@ def test_rloo_clips_the_product_of_ratios_by_hand(log_ratio, advantage, want, lo
   np.testing.assert_allclose(gradient, [0 if low or high else want] * 2, rtol=1e-5)
 
 
-def test_rloos_trust_is_the_product_of_the_rows():
+def test_rloos_trust_is_the_product_over_the_row():
   got = value(rloo, [0.1, 0.2], 2.0, log_shift=-0.1, placement="before_clip")
   np.testing.assert_allclose(got, 2.0 * math.exp(0.1), rtol=1e-6)
   for placement in ("after_clip", "weight"):
@@ -194,12 +194,7 @@ BOUNDED = {
 COLUMNS = 4
 
 
-@jax.jit
-def all_objectives(q, advantage, mask, shift):
-  return {
-    name: {p: f(q, advantage, mask, log_shift=shift, placement=p).objective for p in PLACEMENTS}
-    for name, f in BOUNDED.items()
-  }
+all_objectives = under_placements(BOUNDED)
 
 
 @given(
@@ -227,7 +222,7 @@ def test_an_open_bound_never_clips():
       np.testing.assert_allclose(terms.objective, advantage * math.exp(q), rtol=1e-5)
 
 
-def test_unknown_conventions_are_named_with_their_cure():
+def test_unknown_conventions_are_refused_with_a_cure():
   arguments = jnp.zeros((1, 2)), jnp.ones(1), jnp.ones((1, 2), bool)
   with pytest.raises(ValueError, match=r"bounds is 'paper'; want 'ratio' .* or 'signed'"):
     gmpo(*arguments, bounds="paper")

@@ -1,4 +1,4 @@
-"""What a loss must do, for every objective under every placement of router shift and every aggregation."""
+"""Properties of every objective under every placement of router shift and every aggregation."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ from tests.support.objective_cases import (
   assert_same,
   batch,
   compiled,
-  everything,
+  evaluate,
   results,
   shift_options,
   total,
@@ -37,15 +37,15 @@ each_objective = pytest.mark.parametrize("objective", EVERY.values(), ids=EVERY)
 
 def test_compiled_equals_eager():
   arrays = batch()
-  assert_same(compiled(*arrays), everything(*arrays), rtol=1e-5, atol=1e-6)
+  assert_same(compiled(*arrays), evaluate(*arrays), rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_match_finite_differences_in_float64():
-  """Where an objective declares a weight constant, it is frozen at the point of differentiation."""
+  """A weight that an objective treats as constant is fixed at the point of differentiation."""
   step = 1e-6
   with jax.enable_x64(True):
     log_ratio, advantage, mask, log_shift = (jnp.asarray(x, bool if x.dtype == bool else float) for x in batch())
-    analytic = jax.jit(lambda q: everything(q, advantage, mask, log_shift))(log_ratio)
+    analytic = jax.jit(lambda q: evaluate(q, advantage, mask, log_shift))(log_ratio)
 
     def totals(q):
       for name, objective in EVERY.items():
@@ -67,11 +67,11 @@ def test_gradients_match_finite_differences_in_float64():
     np.testing.assert_allclose(gradient, want, rtol=1e-6, atol=1e-8, err_msg=f"{name} {shift} {mode}")
 
 
-def test_microbatches_add_up_to_the_whole():
-  """Totals, weights, and the gradients of totals; the second piece is cut to the columns it uses."""
+def test_microbatches_add_up_to_the_minibatch():
+  """Totals, weights, and the gradients of totals; each piece has only the columns it uses."""
   log_ratio, advantage, mask, log_shift = batch(seed=9, rows=12, columns=10)
   mask[6:, 7:] = mask[:6, :3] = False
-  whole = everything(log_ratio, advantage, mask, log_shift)
+  whole = evaluate(log_ratio, advantage, mask, log_shift)
   cuts = (slice(0, 6), slice(3, 10)), (slice(6, 12), slice(0, 7))
   pieces = [results(compiled(log_ratio[c], advantage[c[0]], mask[c], log_shift[c])) for c in cuts]
   for (name, shift, mode, weighted, gradient), *parts in zip(results(whole), *pieces, strict=True):
@@ -107,13 +107,13 @@ def test_order_of_rows_and_of_tokens_does_not_matter():
   assert_same(moved, jax.tree.map(arrange, straight), rtol=1e-5, atol=1e-6)
 
 
-def test_padding_and_empty_rows_get_exactly_zero_whatever_stands_there():
+def test_padding_and_empty_rows_give_exactly_zero_for_any_values_there():
   log_ratio, advantage, mask, log_shift = batch()
-  clean = compiled(np.where(mask, log_ratio, 0), advantage, mask, np.where(mask, log_shift, 0))
-  for junk in (np.nan, np.inf, -np.inf):
-    got = compiled(np.where(mask, log_ratio, junk), advantage, mask, np.where(mask, log_shift, junk))
-    assert_same(got, clean)
-  for leaf in jax.tree.leaves(clean):
+  expected = compiled(np.where(mask, log_ratio, 0), advantage, mask, np.where(mask, log_shift, 0))
+  for outside in (np.nan, np.inf, -np.inf):
+    got = compiled(np.where(mask, log_ratio, outside), advantage, mask, np.where(mask, log_shift, outside))
+    assert_same(got, expected)
+  for leaf in jax.tree.leaves(expected):
     assert leaf.ndim == 0 or not np.asarray(leaf)[~mask].any()
 
 
@@ -121,7 +121,7 @@ def test_more_padding_and_more_empty_rows_change_nothing():
   log_ratio, advantage, mask, log_shift = batch()
   pad = lambda x, fill: np.pad(x, ((2, 4), (1, 2)), constant_values=fill)
   more = np.pad(advantage, (2, 4), constant_values=5)
-  wide = everything(pad(log_ratio, 7.0), more, pad(mask, False), pad(log_shift, -9))
+  wide = evaluate(pad(log_ratio, 7.0), more, pad(mask, False), pad(log_shift, -9))
   narrow = jax.tree.map(lambda x: np.asarray(x)[2:-4, 1:-2] if x.ndim else x, wide)
   assert_same(narrow, compiled(log_ratio, advantage, mask, log_shift), rtol=1e-5, atol=1e-6)
 
@@ -133,7 +133,7 @@ def test_an_all_empty_batch_has_zero_objective_weight_and_gradient():
     assert not gradient.any()
 
 
-def test_zero_advantage_contributes_nothing_even_where_the_ratio_overflows():
+def test_zero_advantage_contributes_nothing_even_if_the_ratio_overflows():
   log_ratio, advantage, mask, log_shift = batch()
   assert mask[2].any() and advantage[2] == 0
   before = compiled(log_ratio, advantage, mask, log_shift)
@@ -144,16 +144,16 @@ def test_zero_advantage_contributes_nothing_even_where_the_ratio_overflows():
     assert all(not gradient[2].any() for *_, gradient in results(moved))
 
 
-def test_full_trust_reduces_to_the_base_objective_to_the_bit():
-  """Compiled, XLA may fuse the programs differently."""
+def test_full_trust_gives_the_base_objective_bit_for_bit():
+  """Eagerly; compiled, XLA may fuse the two programs differently."""
   log_ratio, advantage, mask, _ = batch(seed=3)
-  for way, tolerance in ((everything, {}), (compiled, dict(rtol=1e-6, atol=1e-7))):
+  for way, tolerance in ((evaluate, {}), (compiled, dict(rtol=1e-6, atol=1e-7))):
     for shifts in way(log_ratio, advantage, mask, np.zeros_like(log_ratio)).values():
       for placement in PLACEMENTS:
         assert_same(shifts[placement], shifts["no_shift"], **tolerance)
 
 
-def test_far_log_ratios_stay_finite_in_float32():
+def test_large_log_ratios_stay_finite_in_float32():
   log_ratio, advantage, mask, log_shift = batch(seed=11)
   mixed = np.where(np.arange(mask.size).reshape(mask.shape) % 2, 20, -20).astype(np.float32)
   for far in (mixed, np.full_like(log_ratio, 20), np.full_like(log_ratio, -20)):
@@ -164,7 +164,7 @@ def test_far_log_ratios_stay_finite_in_float32():
 
 def test_bfloat16_is_computed_in_float32():
   rounded = [jnp.asarray(x, bool if x.dtype == bool else jnp.bfloat16) for x in batch(seed=11)]
-  got = everything(*rounded)
+  got = evaluate(*rounded)
   widened = compiled(*(x if x.dtype == bool else x.astype(jnp.float32) for x in rounded))
   for (name, shift, mode, one, gradient), (*_, other, wanted) in zip(results(got), results(widened), strict=True):
     assert one.total.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
@@ -186,7 +186,7 @@ def test_only_the_log_ratio_carries_gradient(objective):
 
 
 def test_at_ratio_one_all_objectives_are_the_policy_gradient():
-  """Value A and gradient A / n on a row of n tokens; sapo's value is 2 A / tau, a product of ratios moves n times."""
+  """Value A and gradient A / n on a row of n tokens; sapo's value is 2 A / tau, a product of ratios has gradient A."""
   log_ratio, advantage, mask, log_shift = batch(seed=5)
   length = mask.sum(1, keepdims=True).clip(1)
   value = np.where(mask, advantage[:, None], 0)
@@ -215,22 +215,22 @@ terms_and_gradients = jax.jit(
   advantage=st.sampled_from([-1.5, -0.1, 0.0, 0.7]),
 )
 @settings(max_examples=60, deadline=None)
-def test_stopped_stands_exactly_where_a_bound_removes_the_gradient(tokens, advantage):
+def test_grad_clipped_marks_exactly_the_tokens_whose_gradient_a_bound_removes(tokens, advantage):
   fill = COLUMNS - len(tokens)
   q, mask = np.pad(np.asarray(tokens, np.float32), (0, fill))[None], np.arange(COLUMNS)[None] < len(tokens)
   for name, (terms, gradient) in terms_and_gradients(q, np.asarray([advantage], np.float32), mask).items():
-    live = mask & (advantage != 0)
-    np.testing.assert_array_equal(terms.grad_clipped, live & (gradient == 0), err_msg=name)
+    active = mask & (advantage != 0)
+    np.testing.assert_array_equal(terms.grad_clipped, active & (gradient == 0), err_msg=name)
     bound = terms.clipped_low | terms.clipped_high
     if name.startswith("cispo"):
-      assert not (terms.grad_clipped.any() or (bound & ~live).any())
+      assert not (terms.grad_clipped.any() or (bound & ~active).any())
     else:
       np.testing.assert_array_equal(terms.grad_clipped, bound, err_msg=name)
     if name in ("policy_gradient", "rloo_none", "sapo"):
       assert not bound.any()
 
 
-def test_rows_of_one_token_are_the_same_to_token_and_sequence_objectives():
+def test_token_and_sequence_objectives_agree_on_rows_of_one_token():
   log_ratio, advantage, _, log_shift = batch(seed=2, rows=24)
   mask = np.zeros_like(log_ratio, bool)
   mask[np.arange(24), np.arange(24) % 7] = True
@@ -250,8 +250,8 @@ def test_rows_of_one_token_are_the_same_to_token_and_sequence_objectives():
 
 
 @pytest.mark.parametrize("name", TOKEN_OBJECTIVES)
-def test_objectives_of_tokens_take_an_advantage_for_every_token(name):
-  """Each token's term is that of a row which has the token's advantage throughout."""
+def test_token_level_objectives_take_an_advantage_for_every_token(name):
+  """Each token's term is that of a row whose tokens all have its advantage."""
   log_ratio, advantage, mask, log_shift = batch(seed=4)
   objective, gradient = TOKEN_OBJECTIVES[name], lambda f, q: jax.grad(lambda q: f(q).objective.sum())(q)
   one = np.where(mask, np.broadcast_to(advantage[:, None], mask.shape), np.nan)
@@ -270,14 +270,14 @@ def test_objectives_of_tokens_take_an_advantage_for_every_token(name):
 
 
 @pytest.mark.parametrize("name", SEQUENCE_OBJECTIVES)
-def test_objectives_of_sequences_refuse_an_advantage_for_every_token(name):
+def test_sequence_level_objectives_refuse_an_advantage_for_every_token(name):
   log_ratio, _, mask, _ = batch()
   with pytest.raises(ValueError, match=r"advantage is \(6, 7\), one for every token, .*want \[B\]"):
     EVERY[name](log_ratio, log_ratio, mask)
 
 
 @each_objective
-def test_mistakes_are_named_with_their_cure(objective):
+def test_invalid_arguments_are_refused_with_a_cure(objective):
   log_ratio, advantage, mask, _ = batch()
   with pytest.raises(ValueError, match=r"placement is 'before'; want one of .*before_clip"):
     objective(log_ratio, advantage, mask, placement="before")
@@ -290,7 +290,7 @@ def test_mistakes_are_named_with_their_cure(objective):
     objective(log_ratio, advantage, mask, log_shift=log_ratio[:, :-1])
 
 
-def test_bounds_that_hold_no_interval_are_named():
+def test_impossible_bounds_are_refused():
   log_ratio, advantage, mask, _ = batch()
   for name in ("grpo", "cispo", "gspo_token", "rloo_token", "gspo", "gmpo", "gmpo_signed", "rloo_sequence"):
     for bad in (dict(eps_low=-0.1), dict(eps_high=-0.1), dict(eps_high=math.nan), dict(eps_low=math.nan)):
@@ -301,7 +301,7 @@ def test_bounds_that_hold_no_interval_are_named():
         EVERY[name](log_ratio, advantage, mask, eps_low=1.5)
 
 
-def test_every_recipe_runs_and_its_surroundings_exist():
+def test_every_recipe_runs_and_names_existing_conventions():
   log_ratio, advantage, mask, log_shift = batch()
   for recipe in OBJECTIVES.values():
     assert recipe.baseline in BASELINES and recipe.scale in SCALES
@@ -312,7 +312,7 @@ def test_every_recipe_runs_and_its_surroundings_exist():
     assert np.isfinite(loss) and gradient.any()
 
 
-def test_policy_loss_is_minus_the_mean_objective_and_leaves_the_old_policy_alone():
+def test_policy_loss_is_minus_the_mean_objective_without_gradient_into_the_old_policy():
   log_ratio, advantage, mask, log_shift = batch(seed=13)
   old = np.random.default_rng(1).normal(size=mask.shape).astype(np.float32) - 3
   for objective in EVERY.values():

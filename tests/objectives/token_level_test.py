@@ -1,4 +1,4 @@
-"""The objectives of tokens: hand-worked cases, explicit formulas, and their conventions side by side."""
+"""Token-level objectives: cases by hand, the printed formulas, and the conventions."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rspo_jax.objectives.sequence_level import gspo
 from rspo_jax.objectives.token_level import cispo, grpo, gspo_token, policy_gradient, sapo
 from rspo_jax.types import PLACEMENTS
-from tests.support.objective_cases import assert_same, batch, total
+from tests.support.objective_cases import assert_same, batch, total, under_placements
 
 
 def row(objective, log_ratio, advantage, *, log_shift=None, **options):
@@ -49,7 +49,7 @@ def test_grpo_matches_ppo_by_hand(ratio, advantage, want, low, high):
   ("ratio", "advantage", "want", "high"),
   [(5.0, -2.0, -6.0, True), (2.9, -2.0, -5.8, False), (5.0, 2.0, 2.4, True), (0.1, -2.0, -1.6, False)],
 )
-def test_dual_clip_bounds_what_a_growing_ratio_can_cost_by_hand(ratio, advantage, want, high):
+def test_dual_clip_bounds_the_ratio_of_negative_advantages_by_hand(ratio, advantage, want, high):
   terms, gradient = row(grpo, [math.log(ratio)], advantage, dual_clip=3.0)
   np.testing.assert_allclose(terms.objective, want, rtol=1e-6)
   assert terms.clipped_high[0] == high
@@ -59,9 +59,9 @@ def test_dual_clip_bounds_what_a_growing_ratio_can_cost_by_hand(ratio, advantage
 @pytest.mark.parametrize(
   ("placement", "ratio", "advantage", "want", "clipped"),
   [
-    ("before_clip", 1.4, 2.0, 1.4 * 0.8 * 2.0, False),  # trust brings it back under the bound
+    ("before_clip", 1.4, 2.0, 1.4 * 0.8 * 2.0, False),  # trust moves the ratio below the bound
     ("before_clip", 1.6, 2.0, 1.2 * 2.0, True),
-    ("before_clip", 0.9, -1.0, -0.8, True),  # trust pushes it under the bound
+    ("before_clip", 0.9, -1.0, -0.8, True),  # trust moves the ratio below the lower bound
     ("after_clip", 1.4, 2.0, 1.2 * 0.8 * 2.0, True),
     ("after_clip", 0.9, -1.0, -0.9 * 0.8, False),
     ("weight", 1.4, 2.0, 1.2 * 0.8 * 2.0, True),
@@ -74,7 +74,7 @@ def test_grpo_with_router_shift_by_hand(placement, ratio, advantage, want, clipp
   assert terms.grad_clipped[0] == clipped
 
 
-def test_policy_gradient_knows_no_ratio_and_one_placement():
+def test_policy_gradient_ignores_the_ratio_and_the_placement():
   for placement in PLACEMENTS:
     terms, gradient = row(policy_gradient, [-3.0, 0.0, 5.0], 2.0, log_shift=math.log(0.5), placement=placement)
     np.testing.assert_allclose(terms.objective, 1.0, rtol=1e-6)
@@ -92,17 +92,17 @@ def test_cispo_bounds_the_weight_for_both_signs_and_keeps_every_gradient(advanta
   assert not terms.grad_clipped.any()
 
 
-def test_cispos_two_conventions_name_the_same_interval_differently():
+def test_cispos_two_conventions_describe_the_same_interval():
   q = [-9.0, -0.2, 0.3, 1.5, 4.0]
   assert_same(row(cispo, q, 1.0), row(cispo, q, 1.0, bounds="absolute"), rtol=1e-6)
   around = row(cispo, q, 1.0, eps_low=0.25, eps_high=0.5)
   assert_same(around, row(cispo, q, 1.0, eps_low=0.75, eps_high=1.5, bounds="absolute"), rtol=1e-6)
-  # The trap: the same number is another bound.
+  # The same number is a different bound.
   np.testing.assert_allclose(row(cispo, [9.0], 1.0, eps_high=5.0)[0].objective, 6.0, rtol=1e-6)
   np.testing.assert_allclose(row(cispo, [9.0], 1.0, eps_high=5.0, bounds="absolute")[0].objective, 5.0, rtol=1e-6)
 
 
-def test_sapo_by_hand_is_a_gate_that_fades_to_both_sides():
+def test_sapo_by_hand_is_a_gate_that_decays_on_both_sides():
   sigmoid = lambda x: 1 / (1 + np.exp(-x))
   q = np.asarray([-2.0, -0.5, 0.0, 0.5, 2.0])
   for advantage, tau in ((2.0, 1.0), (-2.0, 1.05)):
@@ -130,7 +130,7 @@ def test_gspo_token_has_gspos_value_and_gradient():
     assert_same(run(gspo_token), run(gspo), rtol=1e-6, atol=1e-7)
 
 
-def test_a_tokens_own_zero_advantage_leaves_it_in_gspo_tokens_ratio():
+def test_tokens_with_zero_advantage_count_for_gspo_tokens_ratio():
   q, mask = jnp.asarray([[0.5, 0.1]]), jnp.ones((1, 2), bool)
   terms = gspo_token(q, jnp.asarray([[0.0, -1.0]]), mask)
   np.testing.assert_allclose(terms.objective, [[0.0, -math.exp(0.3)]], rtol=1e-6)
@@ -166,12 +166,7 @@ BOUNDED = {
 COLUMNS = 4
 
 
-@jax.jit
-def all_objectives(q, advantage, mask, shift):
-  return {
-    name: {p: f(q, advantage, mask, log_shift=shift, placement=p).objective for p in PLACEMENTS}
-    for name, f in BOUNDED.items()
-  }
+all_objectives = under_placements(BOUNDED)
 
 
 @given(
@@ -210,7 +205,7 @@ def test_an_open_bound_never_clips():
       np.testing.assert_allclose(gradient, terms.objective, rtol=1e-6)
 
 
-def test_options_that_mean_nothing_are_named_with_their_cure():
+def test_impossible_options_are_refused_with_a_cure():
   arguments = jnp.zeros((1, 2)), jnp.ones(1), jnp.ones((1, 2), bool)
   for bad in (1.0, 0.5, math.nan):
     with pytest.raises(ValueError, match="dual_clip is .*ratio above 1"):

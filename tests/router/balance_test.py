@@ -13,7 +13,7 @@ MASK = np.random.default_rng(1).random((B, T)) < 0.7
 
 
 def router(logits):
-  """What a layer's router does with logits [..., E]: top-k of the logits."""
+  """The output of a router with logits [..., E]: top-k of the logits."""
   gate, index = jax.lax.top_k(logits, K)
   return RouterOutput(logits, index.astype(jnp.int32), jax.nn.softmax(gate))
 
@@ -28,10 +28,10 @@ def logits(seed=0):
 
 
 def loss(x, mask, choices=None, tokens=None):
-  watched = sums(x, mask)
+  totals = sums(x, mask)
   tokens = mask.sum() if tokens is None else tokens
-  balance = load_balance_loss(watched.probability, watched.choices if choices is None else choices, tokens)
-  return balance + 0.1 * router_z_loss(watched.z, tokens)
+  balance = load_balance_loss(totals.probability, totals.choices if choices is None else choices, tokens)
+  return balance + 0.1 * router_z_loss(totals.z, tokens)
 
 
 value_and_gradient = jax.jit(jax.value_and_grad(loss))
@@ -68,9 +68,9 @@ def test_an_even_load_costs_k_and_a_collapsed_one_up_to_all_experts():
   np.testing.assert_allclose(load_balance_loss(collapsed, collapsed * K, tokens), E * K, rtol=1e-6)
 
 
-def test_a_layer_cannot_make_up_for_another():
+def test_uneven_layers_do_not_cancel():
   tokens = 10
-  first = jnp.asarray([[1.0, 0.0], [0.0, 1.0]]) * tokens  # pooled over layers the load would be even
+  first = jnp.asarray([[1.0, 0.0], [0.0, 1.0]]) * tokens  # the load pooled over layers is even
   np.testing.assert_allclose(load_balance_loss(first, first, tokens), 2.0, rtol=1e-6)
 
 
@@ -84,7 +84,7 @@ def test_microbatches_add_up_to_the_whole():
   np.testing.assert_allclose(np.concatenate([part[1] for part in parts], axis=1), gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_masked_out_positions_get_exactly_zero_gradient_and_an_empty_batch_costs_nothing():
+def test_positions_outside_the_mask_have_zero_gradient_and_an_empty_batch_has_zero_loss():
   gradient = value_and_gradient(logits(), MASK)[1]
   assert not np.asarray(gradient)[:, ~MASK].any()
   value, gradient = value_and_gradient(logits(), MASK & False)
@@ -92,19 +92,18 @@ def test_masked_out_positions_get_exactly_zero_gradient_and_an_empty_batch_costs
   assert not gradient.any()
 
 
-def test_the_gradient_goes_through_the_probabilities_alone_and_evens_the_load():
+def test_the_gradient_flows_through_the_probabilities_alone_and_evens_the_load():
   x = logits(seed=5)
-  watched = lambda x: sums(x, MASK)
-  balance = lambda x: load_balance_loss(watched(x).probability, watched(x).choices, MASK.sum())
-  choices = watched(x).choices
-  fixed = lambda x: load_balance_loss(watched(x).probability, choices, MASK.sum())
+  balance = lambda x: load_balance_loss(sums(x, MASK).probability, sums(x, MASK).choices, MASK.sum())
+  choices = sums(x, MASK).choices
+  fixed = lambda x: load_balance_loss(sums(x, MASK).probability, choices, MASK.sum())
   np.testing.assert_array_equal(jax.grad(balance)(x), jax.grad(fixed)(x))
   of_choices = jax.grad(lambda c: load_balance_loss(jnp.ones((L, E)), c, 10))(jnp.ones((L, E)))
   assert not of_choices.any()
   assert balance(x - 0.5 * jax.grad(balance)(x)) < balance(x)
 
 
-def test_the_bias_moves_against_the_load_by_its_rate():
+def test_the_bias_steps_against_the_load_by_its_rate():
   load = jnp.asarray([[4, 0, 2], [1, 1, 1], [9, 0, 0]], jnp.int32)
   got = router_bias_step(load, 0.01)
   assert got.dtype == jnp.float32

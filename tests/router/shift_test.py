@@ -1,4 +1,4 @@
-"""Router shift on plain arrays: deviations by hand and by brute force, layers, levels, floors, and no gradient."""
+"""Router shift on plain arrays: deviations by hand and by brute force, layers, levels and floors."""
 
 import functools
 import math
@@ -54,7 +54,7 @@ logits = st.lists(st.floats(-8, 8, width=32), min_size=E, max_size=E)
 @given(logits, logits)
 @settings(max_examples=50, deadline=None)
 def test_kl_is_that_of_old_from_new_over_all_experts(new, old):
-  """Scores that do not sum to 1 count as the distribution they are proportional to."""
+  """Scores that do not sum to 1 are normalised."""
   new, old = np.asarray(new, np.float32), np.asarray(old, np.float32)
   p, q = (np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum() for x in (old, new))
   got = router_kl(new, old)
@@ -74,7 +74,7 @@ def test_an_unmoved_router_deviates_by_exactly_zero_and_a_moved_one_does_not(way
   assert (moved >= 0).all() and moved.any()
 
 
-def test_layer_deviations_are_the_functions_they_name():
+def test_layer_deviation_selects_the_function_by_name():
   new, old = trace(1), trace(0)
   for kind, want in {
     "abs": router_drift(new.log_prob, old.log_prob),
@@ -100,12 +100,12 @@ def test_layers_are_combined_for_every_token(way, layers):
 
 @eager_and_jitted
 @pytest.mark.parametrize("layers", ["mean", "max"])
-def test_a_sequences_deviation_is_the_mean_over_its_tokens_whatever_the_padding_holds(way, layers):
+def test_a_sequences_deviation_is_the_mean_over_its_tokens_for_any_values_in_the_padding(way, layers):
   options = ShiftOptions(layers=layers, level="sequence")
   combine = way(functools.partial(combine_deviation, options=options))
   per_token = getattr(np, layers)(BY_LAYER, axis=0)
-  for junk in (0.0, 1e6, np.nan):
-    got = combine(np.where(MASK, BY_LAYER, np.float32(junk)), MASK)
+  for outside in (0.0, 1e6, np.nan):
+    got = combine(np.where(MASK, BY_LAYER, np.float32(outside)), MASK)
     for row in range(B):
       np.testing.assert_allclose(got[row], [per_token[row][MASK[row]].mean()] * T, rtol=1e-6)
   assert not combine(BY_LAYER, MASK & False).any()
@@ -135,7 +135,7 @@ def test_log_shift_carries_no_gradient():
 
 
 @pytest.mark.parametrize("floor", [0.0, -0.5, 1.01, math.nan])
-def test_a_floor_outside_its_range_is_named_with_its_cure(floor):
+def test_a_floor_outside_its_range_is_refused_with_a_cure(floor):
   for make in (
     lambda: router_log_shift(jnp.zeros((1, 1)), floor=floor),
     lambda: ShiftOptions(floor=floor),
@@ -147,7 +147,7 @@ def test_a_floor_outside_its_range_is_named_with_its_cure(floor):
 
 
 @eager_and_jitted
-def test_a_floor_may_follow_a_line(way):
+def test_the_floor_can_follow_a_linear_schedule(way):
   options = ShiftOptions(floor=0.8, floor_updates=10, floor_begin=4)
   floor = way(options.floor_at)
   for step, want in ((0, 1.0), (4, 1.0), (9, 0.9), (14, 0.8), (1000, 0.8)):
@@ -156,7 +156,7 @@ def test_a_floor_may_follow_a_line(way):
   np.testing.assert_allclose(trust(jnp.asarray(9, jnp.int32), jnp.full((1, 1), 5.0)), 0.9, rtol=1e-6)
 
 
-def test_a_constant_floor_does_not_move():
+def test_a_floor_without_a_schedule_is_constant():
   assert ShiftOptions(floor=0.7).floor_at(jnp.asarray(10**6)) == 0.7
 
 
@@ -169,7 +169,7 @@ def test_the_papers_choices_are_the_defaults():
 
 
 @pytest.mark.parametrize("name", ["placement", "deviation", "layers", "level"])
-def test_unknown_options_are_named(name):
+def test_unknown_options_are_refused(name):
   with pytest.raises(ValueError, match=rf"router shift's {name} is 'none'; want one of \("):
     ShiftOptions(**{name: "none"})
 

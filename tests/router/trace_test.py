@@ -1,4 +1,4 @@
-"""Recording, comparing and weighing routing: alignment, exactness, size, and the absence of any gradient."""
+"""The routing trace: alignment, exactness, size, comparison with the current router, replay, and no gradient."""
 
 import functools
 import math
@@ -35,7 +35,7 @@ def router_logits(seed=0, experts=E, scale=3.0):
 
 
 def through_layers(probe, logits, probe_inputs=None):
-  """Runs a probe as a model does: in a scan over layers, with the top-k choice of the live logits."""
+  """Runs a probe as a model does: in a scan over layers, with the top-k choice of the logits."""
 
   def layer(carry, x):
     layer_logits, layer_inputs = x
@@ -45,11 +45,11 @@ def through_layers(probe, logits, probe_inputs=None):
   return jax.lax.scan(layer, 0, (logits, probe_inputs))[1]
 
 
-def record(logits, router_log_prob=jax.nn.log_softmax, **kept):
-  return stack_trace(through_layers(trace_probe(router_log_prob, **kept), logits))
+def record(logits, router_log_prob=jax.nn.log_softmax, **fields):
+  return stack_trace(through_layers(trace_probe(router_log_prob, **fields), logits))
 
 
-def watch(logits, trace, router_log_prob=jax.nn.log_softmax, mask=None, deviation="abs"):
+def compare(logits, trace, router_log_prob=jax.nn.log_softmax, mask=None, deviation="abs"):
   mask = jnp.ones((B, T), bool) if mask is None else mask
   probe = drift_probe(router_log_prob, mask, deviation=deviation)
   return through_layers(probe, logits, trace_probe_inputs(trace))
@@ -57,7 +57,7 @@ def watch(logits, trace, router_log_prob=jax.nn.log_softmax, mask=None, deviatio
 
 @eager_and_jitted
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.uint8, jnp.int32, bool])
-def test_slots_describe_the_position_before_them(way, dtype):
+def test_to_slots_moves_each_position_to_the_next_slot(way, dtype):
   x = jax.random.randint(jax.random.key(0), (B, T, 3), 0, 2).astype(dtype)
   slots, positions = way(to_slots)(x), way(to_positions)(x)
   assert slots.dtype == positions.dtype == x.dtype
@@ -68,7 +68,7 @@ def test_slots_describe_the_position_before_them(way, dtype):
 
 @given(st.integers(1, 5), st.integers(0, 3))
 @settings(max_examples=20, deadline=None)
-def test_moving_to_slots_and_back_loses_only_the_last_position(length, axis):
+def test_to_positions_inverts_to_slots_except_at_the_last_position(length, axis):
   shape = [2, 2, 2, 2]
   shape[axis] = length
   x = np.arange(1, 1 + math.prod(shape), dtype=np.float32).reshape(shape)
@@ -94,10 +94,10 @@ def test_trace_holds_for_each_slot_the_routing_of_the_position_before_it(way, ro
     np.testing.assert_allclose(trace.log_prob[b, t, layer], log_prob[layer, b, t - 1, chosen], rtol=2**-11, atol=1e-4)
 
 
-def test_probe_inputs_put_each_slot_back_under_the_position_that_scored_it():
+def test_probe_inputs_align_each_slot_with_the_position_that_scored_it():
   recorded = through_layers(trace_probe(jax.nn.log_softmax), router_logits())
-  given_back = trace_probe_inputs(stack_trace(recorded))
-  for one, other in zip(jax.tree.leaves(recorded), jax.tree.leaves(given_back), strict=True):
+  inputs = trace_probe_inputs(stack_trace(recorded))
+  for one, other in zip(jax.tree.leaves(recorded), jax.tree.leaves(inputs), strict=True):
     assert one.dtype == other.dtype
     np.testing.assert_array_equal(one[:, :, :-1], other[:, :, :-1])
 
@@ -113,26 +113,25 @@ def test_trace_costs_at_most_three_bytes_per_entry_up_to_256_experts(experts, dt
 
 @each_router
 def test_unmoved_router_has_exactly_zero_drift_and_zero_log_shift(router_log_prob):
-  """Recorded by one program and compared by another, with and without a gradient around it."""
+  """Recorded by one program and compared by another, with and without a gradient."""
   logits = router_logits(seed=1)
   recording = functools.partial(record, router_log_prob=router_log_prob, all_experts=True)
   scored = to_positions(jnp.ones((B, T), bool))  # a row's last position has no old entry
 
-  def comparing(logits, trace):
-    of = functools.partial(watch, logits, trace, router_log_prob, scored)
+  def compare_all(logits, trace):
+    of = functools.partial(compare, logits, trace, router_log_prob, scored)
     return {deviation: of(deviation=deviation) for deviation in DEVIATIONS}
 
   def trained(logits, trace):
-    watched = comparing(logits, trace)
-    return jnp.sum(logits**2), watched
+    return jnp.sum(logits**2), compare_all(logits, trace)
 
   for trace in (recording(logits), jax.jit(recording)(logits)):
-    for watched in (
-      comparing(logits, trace),
-      jax.jit(comparing)(logits, trace),
+    for drifts in (
+      compare_all(logits, trace),
+      jax.jit(compare_all)(logits, trace),
       jax.jit(jax.grad(trained, has_aux=True))(logits, trace)[1],
     ):
-      for drift in watched.values():
+      for drift in drifts.values():
         deviation = to_slots(drift.deviation, axis=2)
         assert (deviation == 0).all()
         assert (drift.overlap == B * (T - 1)).all()
@@ -143,7 +142,7 @@ def test_unmoved_router_has_exactly_zero_drift_and_zero_log_shift(router_log_pro
 def test_drift_is_the_mean_change_of_the_old_experts_log_probs(way):
   old, new = router_logits(seed=2), router_logits(seed=2) + router_logits(seed=3, scale=0.5)
   trace = record(old)
-  drift = to_slots(way(watch)(new, trace).deviation, axis=2)
+  drift = to_slots(way(compare)(new, trace).deviation, axis=2)
   before, after = (np.asarray(jax.nn.log_softmax(x)) for x in (old, new))
   for layer, b, t in np.ndindex(L, B, T):
     chosen = np.argsort(-np.asarray(old)[layer, b, t - 1])[:K]
@@ -163,31 +162,31 @@ def test_load_counts_only_masked_positions_and_adds_up_over_a_split(way):
   np.testing.assert_array_equal(load, count(index[:1], mask[:1]) + count(index[1:], mask[1:]))
 
 
-def test_both_probes_count_the_same_load_of_the_live_choice():
+def test_both_probes_count_the_load_of_the_current_choice():
   old, new = router_logits(seed=4), router_logits(seed=5)
   mask = jax.random.bernoulli(jax.random.key(6), 0.5, (B, T))
-  watched = watch(new, record(old), mask=mask).load
-  np.testing.assert_array_equal(watched, through_layers(load_probe(jax.nn.log_softmax, mask), new).load)
+  load = compare(new, record(old), mask=mask).load
+  np.testing.assert_array_equal(load, through_layers(load_probe(jax.nn.log_softmax, mask), new).load)
   chosen = np.asarray(jax.lax.top_k(new, K)[1])
   for layer in range(L):
-    np.testing.assert_array_equal(watched[layer], np.bincount(chosen[layer][np.asarray(mask)].ravel(), minlength=E))
+    np.testing.assert_array_equal(load[layer], np.bincount(chosen[layer][np.asarray(mask)].ravel(), minlength=E))
 
 
-def test_watching_carries_no_gradient_and_keeps_nothing_for_the_backward_pass():
+def test_probes_carry_no_gradient_and_store_nothing_for_the_backward_pass():
   trace, logits = record(router_logits(seed=7)), router_logits(seed=8)
-  gradient = jax.grad(lambda x: watch(x, trace).deviation.sum())(logits)
+  gradient = jax.grad(lambda x: compare(x, trace).deviation.sum())(logits)
   assert (gradient == 0).all()
   gradient = jax.grad(lambda x: record(x).log_prob.astype(jnp.float32).sum())(logits)
   assert (gradient == 0).all()
 
-  def kept(with_probe):
+  def stored(with_probe):
     def forward(x):
       return jnp.sum(x * 2.0) + (with_probe(x) if with_probe else 0.0)
 
     return sum(leaf.size for leaf in jax.tree.leaves(jax.vjp(forward, logits)[1]) if hasattr(leaf, "size"))
 
-  assert kept(lambda x: watch(x, trace).deviation.sum()) == kept(None)
-  assert kept(lambda x: jnp.sum(jax.nn.log_softmax(x) ** 2)) > kept(None)
+  assert stored(lambda x: compare(x, trace).deviation.sum()) == stored(None)
+  assert stored(lambda x: jnp.sum(jax.nn.log_softmax(x) ** 2)) > stored(None)
 
 
 @each_router
@@ -197,7 +196,7 @@ def test_router_entropy_is_that_of_the_normalised_router_over_masked_positions(r
   p = np.exp(np.asarray(router_log_prob(logits), np.float64))
   p /= p.sum(-1, keepdims=True)
   want = (-(p * np.log(p)).sum(-1) * np.asarray(mask)).sum(axis=(1, 2))
-  np.testing.assert_allclose(watch(logits, record(logits), router_log_prob, mask).entropy, want, rtol=1e-5)
+  np.testing.assert_allclose(compare(logits, record(logits), router_log_prob, mask).entropy, want, rtol=1e-5)
   np.testing.assert_allclose(through_layers(load_probe(router_log_prob, mask), logits).entropy, want, rtol=1e-5)
 
 
@@ -208,29 +207,29 @@ def test_overlap_is_counted_over_masked_positions_only():
   want = np.zeros(L)
   for layer, b, t in np.ndindex(L, B, T):
     want[layer] += mask[b, t] * len(set(chosen[0][layer, b, t]) & set(chosen[1][layer, b, t])) / K
-  np.testing.assert_allclose(watch(new, record(old), mask=mask).overlap, want, rtol=1e-6)
+  np.testing.assert_allclose(compare(new, record(old), mask=mask).overlap, want, rtol=1e-6)
 
 
-def test_every_deviation_is_taken_from_the_position_that_scored_the_token():
-  """Against plain numpy, slot by slot."""
+def test_every_deviation_equals_numpy_at_the_position_that_scored_the_token():
+  """Slot by slot."""
   old, new = router_logits(seed=2), router_logits(seed=2) + router_logits(seed=3, scale=0.7)
   trace = record(old, all_experts=True)
   before, after = (np.asarray(jax.nn.log_softmax(x), np.float64) for x in (old, new))
   for deviation in DEVIATIONS:
-    found = to_slots(watch(new, trace, deviation=deviation).deviation, axis=2)
+    got = to_slots(compare(new, trace, deviation=deviation).deviation, axis=2)
     for layer, b, t in np.ndindex(L, B, T):
       p, q = before[layer, b, t - 1], after[layer, b, t - 1]
-      chosen, live = np.argsort(-p)[:K], np.argsort(-q)[:K]
+      chosen, current = np.argsort(-p)[:K], np.argsort(-q)[:K]
       want = {
         "abs": np.abs(q - p)[chosen].mean(),
         "squared": ((q - p) ** 2)[chosen].mean(),
         "kl": (np.exp(p) * (p - q)).sum(),
-        "overlap": 1 - len(set(chosen) & set(live)) / K,
+        "overlap": 1 - len(set(chosen) & set(current)) / K,
       }[deviation]
-      np.testing.assert_allclose(found[layer, b, t], want if t else 0.0, atol=2e-2 if deviation == "squared" else 5e-3)
+      np.testing.assert_allclose(got[layer, b, t], want if t else 0.0, atol=2e-2 if deviation == "squared" else 5e-3)
 
 
-def test_a_replay_gives_every_position_its_own_experts_back():
+def test_a_replay_has_the_experts_and_gates_of_every_position():
   logits = router_logits(seed=4)
   gate, expert_index = jax.lax.top_k(jax.nn.softmax(logits), K)
   trace = record(logits, gates=True)
@@ -242,6 +241,6 @@ def test_a_replay_gives_every_position_its_own_experts_back():
     replay_from_trace(record(logits), gates=True)
 
 
-def test_watching_without_a_trace_names_the_probe_to_use():
+def test_drift_probe_without_a_trace_names_the_probe_to_use():
   with pytest.raises(ValueError, match=r"probe_inputs=None.*load_probe"):
     through_layers(drift_probe(jax.nn.log_softmax, jnp.ones((B, T), bool)), router_logits())

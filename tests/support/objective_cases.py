@@ -11,7 +11,7 @@ from rspo_jax.objectives.sequence_level import gmpo, gspo, rloo
 from rspo_jax.objectives.token_level import cispo, grpo, gspo_token, policy_gradient, sapo
 from rspo_jax.types import PLACEMENTS
 
-# Bounds are such that random rows fall on both sides of them.
+# With these bounds, random rows fall on both sides of them.
 TOKEN_OBJECTIVES = {
   "policy_gradient": policy_gradient,
   "grpo": grpo,
@@ -29,7 +29,7 @@ SEQUENCE_OBJECTIVES = {
   "rloo_sequence": functools.partial(rloo, eps_low=0.4, eps_high=0.5),
 }
 EVERY = TOKEN_OBJECTIVES | SEQUENCE_OBJECTIVES
-# Their gradient is that of weight * exp(q - sg q): finite differences would also move the weight.
+# Their gradient is that of weight * exp(q - sg q); finite differences would also change the weight.
 CONSTANT_WEIGHT = ("policy_gradient", "rloo_none", "cispo", "gspo_token")
 SHIFTS = ("no_shift", *PLACEMENTS)
 NORM_LENGTH = 9
@@ -56,7 +56,7 @@ def shift_options(shift, log_shift):
   return {} if shift == "no_shift" else dict(placement=shift, log_shift=log_shift)
 
 
-def everything(log_ratio, advantage, mask, log_shift, objectives=EVERY):
+def evaluate(log_ratio, advantage, mask, log_shift, objectives=EVERY):
   """{name: {shift: (Terms, {mode: (Weighted, gradient of its total)})}}"""
 
   def one(objective, shift):
@@ -74,18 +74,28 @@ def everything(log_ratio, advantage, mask, log_shift, objectives=EVERY):
   return {name: {shift: one(objective, shift) for shift in SHIFTS} for name, objective in objectives.items()}
 
 
-compiled = jax.jit(lambda *arrays: everything(*arrays))
+compiled = jax.jit(lambda *arrays: evaluate(*arrays))
+
+
+def under_placements(objectives):
+  """A jitted (log_ratio, advantage, mask, log_shift) -> {name: {placement: terms [B, T]}}."""
+  return jax.jit(
+    lambda log_ratio, advantage, mask, log_shift: {
+      name: {p: f(log_ratio, advantage, mask, log_shift=log_shift, placement=p).objective for p in PLACEMENTS}
+      for name, f in objectives.items()
+    }
+  )
 
 
 def results(tree):
-  """(name, shift, mode, Weighted, gradient) of all that `everything` holds, in the order of `EVERY`."""
+  """(name, shift, mode, Weighted, gradient) of the result of `evaluate`, in the order of `EVERY`."""
   for name, shift, mode in itertools.product(EVERY, SHIFTS, AGGREGATIONS):
     weighted, gradient = tree[name][shift][1][mode]
     yield name, shift, mode, weighted, gradient
 
 
 def assert_same(got, want, **tolerance):
-  """Two trees of arrays, leaf by leaf; to the bit without a tolerance."""
+  """Compares two trees of arrays, leaf by leaf; bit for bit without a tolerance."""
   got, want = (jax.tree_util.tree_leaves_with_path(tree) for tree in (got, want))
   assert [path for path, _ in got] == [path for path, _ in want]
   for (path, one), (_, other) in zip(got, want, strict=True):

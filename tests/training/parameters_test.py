@@ -1,4 +1,4 @@
-"""Choosing parameters by their path: frozen ones must not move at all, others by a learning rate of their own."""
+"""Parameters selected by path: frozen ones do not change at all, others have a separate learning rate."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def by_name(tree):
 
 
 def chosen(patterns):
-  return {name for name, mine in by_name(matches(PARAMS, patterns)).items() if mine}
+  return {name for name, matched in by_name(matches(PARAMS, patterns)).items() if matched}
 
 
 def two_steps(optimizer, params=PARAMS):
@@ -38,7 +38,7 @@ def two_steps(optimizer, params=PARAMS):
   return by_name(params), state
 
 
-def test_a_path_is_its_keys_joined():
+def test_a_path_joins_its_keys():
   assert set(by_name(PARAMS)) == {
     "embed", "layers_0/moe/router", "layers_0/moe/router_bias", "layers_0/norm",
     "layers_1/moe/router", "layers_1/moe/up/0", "layers_1/moe/up/1",
@@ -55,7 +55,7 @@ def test_patterns_match_a_part_of_the_path():
   assert matches({"router": jnp.ones(1)}, (ROUTER,)) == {"router": True}
 
 
-def test_patterns_that_choose_nothing_are_named_with_the_paths_there_are():
+def test_patterns_that_match_nothing_are_refused_with_existing_paths():
   for use in (matches, stop_gradients, lambda params, patterns: freeze(ADAMW, patterns).init(params)):
     with pytest.raises(ValueError, match=r"pattern 'gate' matches nothing; there are embed, layers_0/moe/router"):
       use(PARAMS, ("router", "gate"))
@@ -80,18 +80,18 @@ def test_frozen_parameters_get_no_update_no_decay_and_no_moments():
   assert size(free_state) - size(state) == 2 * 2 * 8  # two moments of two routers
 
 
-def test_frozen_parameters_do_not_count_for_the_global_norm_around_them():
+def test_the_global_norm_excludes_frozen_parameters():
   optimizer = freeze(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), (ROUTER,))
   updates, _ = optimizer.update(GRADIENT, optimizer.init(PARAMS), PARAMS)
   np.testing.assert_allclose(optax.tree.norm(updates), 1.0, rtol=1e-6)
   assert not any(by_name(updates)[name].any() for name in chosen((ROUTER,)))
 
 
-def test_freezing_nothing_is_the_optimizer_itself():
+def test_freezing_nothing_returns_the_optimizer():
   assert freeze(ADAMW, ()) is ADAMW
 
 
-def test_a_multiplier_behind_adamw_is_a_learning_rate_of_its_own():
+def test_a_multiplier_after_adamw_is_a_separate_learning_rate():
   scaled, _ = two_steps(optax.chain(ADAMW, scale_updates({ROUTER: 0.25, "^embed$": 0.0})))
   slow, _ = two_steps(optax.adamw(0.025, weight_decay=0.5))
   free, _ = two_steps(ADAMW)
@@ -110,7 +110,7 @@ def test_multipliers_of_two_patterns_on_one_parameter_multiply():
   }  # fmt: skip
 
 
-def test_stopped_gradients_are_exactly_zero_and_the_others_untouched():
+def test_stopped_gradients_are_exactly_zero_and_the_others_unchanged():
   loss = lambda params: sum((leaf**2).sum() for leaf in jax.tree.leaves(params))
   full = by_name(jax.grad(loss)(PARAMS))
   stopped = by_name(jax.grad(lambda params: loss(stop_gradients(params, (ROUTER,))))(PARAMS))
