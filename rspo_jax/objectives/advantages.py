@@ -74,9 +74,9 @@ def _per_group(x: Array, group: Array) -> Array:
 
 def _uniform(reward: Array, group: Array, keep: Array) -> Array:
   """[B] bool, all kept rewards of the row's group are equal. Exact, unlike a comparison with their rounded mean."""
-  most = jax.ops.segment_max(jnp.where(keep, reward, -jnp.inf), group, num_segments=group.size)
-  least = jax.ops.segment_min(jnp.where(keep, reward, jnp.inf), group, num_segments=group.size)
-  return (most <= least)[group]
+  largest = jax.ops.segment_max(jnp.where(keep, reward, -jnp.inf), group, num_segments=group.size)
+  smallest = jax.ops.segment_min(jnp.where(keep, reward, jnp.inf), group, num_segments=group.size)
+  return (largest <= smallest)[group]
 
 
 def group_advantages(
