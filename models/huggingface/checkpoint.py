@@ -29,17 +29,17 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 Progress = Callable[[int], None]  # called with the number of bytes of every finished array or tensor
 
 
-def read_config(folder: str | Path, **ours: Any) -> TransformerConfig:
+def read_config(folder: str | Path, **changes: Any) -> TransformerConfig:
   """The configuration of a checkpoint folder.
 
   Args:
-    ours: fields of the configuration to set, see `models.huggingface.config_json.config_from_hf`.
+    changes: fields of the configuration to set, see `models.huggingface.config_json.config_from_hf`.
   Raises:
     ValueError: an absent or unsupported `config.json`; names the file.
   """
   path = Path(folder) / "config.json"
   try:
-    return config_from_hf(read_json(path), **ours)
+    return config_from_hf(read_json(path), **changes)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") if str(path) not in str(error) else error from None
 
@@ -50,7 +50,7 @@ def load_pretrained(
   *,
   dtype: str = "float32",
   progress: Progress = lambda done: None,
-  **ours: Any,
+  **changes: Any,
 ) -> tuple[TransformerConfig, Params]:
   """The configuration and the parameters of a checkpoint.
 
@@ -62,11 +62,11 @@ def load_pretrained(
     layout: the mesh over which parameters are sharded; None places them on the default device.
     dtype: of the parameters, "float32" or "bfloat16".
     progress: called with the number of bytes of every loaded parameter.
-    ours: fields of the configuration to set, see `config_from_hf`.
+    changes: fields of the configuration to set, see `config_from_hf`.
   Raises:
     ValueError: names the file or the tensors with errors, and the cure.
   """
-  config = read_config(folder, **ours)
+  config = read_config(folder, **changes)
   files = TensorFiles(folder)
   shardings = _shardings(config, layout)
 
@@ -198,21 +198,21 @@ def source_dtype(source: str | Path) -> str | None:
   return name if name in DTYPES else None
 
 
-def _merge_entries(source: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-  """The entries of the source's `config.json` if they describe our configuration; else ours and its neutral entries.
+def _merge_entries(source: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+  """The source's entries if they describe the configuration of `new`; else `new` with neutral entries of the source.
 
   Entries about quantisation are dropped, because weights are written unpacked.
   """
   source = {key: value for key, value in source.items() if key not in ("quantization_config", "dtype", "torch_dtype")}
   if "num_nextn_predict_layers" in source:
     source["num_nextn_predict_layers"] = 0  # layers of multi-token prediction are not loaded
-  same = source.get("model_type") == ours["model_type"] and config_from_hf(source) == config_from_hf(
-    {key: value for key, value in ours.items() if key != "torch_dtype"}
+  same = source.get("model_type") == new["model_type"] and config_from_hf(source) == config_from_hf(
+    {key: value for key, value in new.items() if key != "torch_dtype"}
   )
   if same:
     return source
   neutral = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range")
-  return ours | {key: source[key] for key in neutral if key in source}
+  return new | {key: source[key] for key in neutral if key in source}
 
 
 def _copy_small_files(source: Path, target: Path) -> None:

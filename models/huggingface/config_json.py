@@ -9,14 +9,14 @@ from models.huggingface.families import FAMILIES
 from models.huggingface.family_entries import read_alias
 
 
-def config_from_hf(hf: Mapping[str, Any], **ours: Any) -> TransformerConfig:
+def config_from_hf(hf: Mapping[str, Any], **changes: Any) -> TransformerConfig:
   """Converts the entries of a `config.json`.
 
   Both spellings are read: the public one (`num_experts`, `rope_theta`, `torch_dtype`) and that of transformers 5
   (`num_local_experts`, `rope_parameters`, `dtype`). Absent entries have the defaults of transformers.
 
   Args:
-    ours: fields of `TransformerConfig` that override the file, for example dtype or remat.
+    changes: fields of `TransformerConfig` that override the file, for example dtype or remat.
   Raises:
     ValueError: an unknown family, or entries that the model does not support; lists all of them.
   """
@@ -38,7 +38,7 @@ def config_from_hf(hf: Mapping[str, Any], **ours: Any) -> TransformerConfig:
   # Parameters of float16 checkpoints are float32. Activations are too, because float16 has too small a range.
   fields["dtype"] = "float32" if dtype == "float16" else dtype
   raise_problems("the model does not support these entries", problems, "Use a checkpoint without them.")
-  return TransformerConfig(**{**fields, **ours})
+  return TransformerConfig(**{**fields, **changes})
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
@@ -53,12 +53,12 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
   hf |= {"tie_word_embeddings": config.tie_word_embeddings, "torch_dtype": config.dtype}
   hf |= {"rope_theta": config.rope_theta, "rope_scaling": _write_rope(config.rope_scaling)}
   hf |= family.write(config)
-  ours = {name: getattr(config, name) for name in ("cache_dtype", "remat", "scan_layers", "expert_backend")}
-  back = config_from_hf(hf, **ours)
+  unwritten = {name: getattr(config, name) for name in ("cache_dtype", "remat", "scan_layers", "expert_backend")}
+  read_back = config_from_hf(hf, **unwritten)
   problems = [
-    f"{field.name} is {getattr(config, field.name)!r}, but would be read as {getattr(back, field.name)!r}"
+    f"{field.name} is {getattr(config, field.name)!r}, but would be read as {getattr(read_back, field.name)!r}"
     for field in dataclasses.fields(config)
-    if getattr(config, field.name) != getattr(back, field.name)
+    if getattr(config, field.name) != getattr(read_back, field.name)
   ]
   raise_problems(f"{config.model_type} cannot express this configuration", problems, "Change them or model_type.")
   return hf

@@ -165,15 +165,15 @@ PUBLISHED: dict[str, Mapping[str, Any]] = {
 }
 
 
-def known_config(name: str, **ours: Any) -> TransformerConfig:
+def known_config(name: str, **changes: Any) -> TransformerConfig:
   """The configuration of a public model.
 
   Args:
     name: a key of `PUBLISHED`.
-    ours: fields of the configuration to set, see `models.huggingface.config_json.config_from_hf`.
+    changes: fields of the configuration to set, see `models.huggingface.config_json.config_from_hf`.
   Raises:
     ValueError: an unknown name; lists the known ones.
   """
   if name not in PUBLISHED:
     raise ValueError(f"the shape of {name!r} is not known; want one of {', '.join(PUBLISHED)}.")
-  return config_from_hf(PUBLISHED[name], **ours)
+  return config_from_hf(PUBLISHED[name], **changes)

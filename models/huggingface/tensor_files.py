@@ -33,7 +33,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         self.shapes[name] = tuple(self._handle(file).get_slice(name).get_shape())
       except SafetensorError as error:
         raise ValueError(
-          f"{self._folder / file} does not hold {name}, but {INDEX} says so ({error}); download both again."
+          f"{self._folder / file} does not hold {name}, but {INDEX} lists it there ({error}); download both again."
         ) from error
 
   def _handle(self, file: str):
@@ -56,7 +56,7 @@ def _open_safetensors(path: Path):
   try:
     return safe_open(path, framework="numpy")
   except FileNotFoundError:
-    raise ValueError(f"{path} is absent, but {INDEX} names it; download that file again.") from None
+    raise ValueError(f"{path} is absent, but {INDEX} lists it; download that file again.") from None
   except (SafetensorError, OSError) as error:
     size = path.stat().st_size
     raise ValueError(

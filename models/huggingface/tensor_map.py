@@ -1,4 +1,4 @@
-"""The table of checkpoint tensors: for every family, which part of which parameter a tensor is stored in.
+"""The table of checkpoint tensors of every family: each tensor and the part of a parameter that holds its values.
 
 Loading, saving, adapters and all checks use `tensor_map`. Tensor names are those of published checkpoint files
 (`mlp.experts.3.up_proj`); transformers 5 fuses the experts in memory but reads and writes these names too.
@@ -18,7 +18,7 @@ ParamPath = tuple[str, ...]
 
 
 class ParamSlice(NamedTuple):
-  """The part of a parameter that one checkpoint tensor, or every `step`-th column of it, is stored in.
+  """The part of a parameter that holds the values of one checkpoint tensor, or of every `step`-th column of it.
 
   Attributes:
     path: keys from the root of the parameter tree to the array.

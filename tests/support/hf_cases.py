@@ -39,6 +39,7 @@ YARN = {
   "beta_fast": 4.0,
   "beta_slow": 1.0,
 }
+_UPPER_WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_hidden_layers": 3}
 _DEEPSEEK_YARN = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}
 
 BASES: dict[str, dict[str, Any]] = {
@@ -112,12 +113,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "tied_own_heads": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "biases_short_rotary_period": {"attention_bias": True, "rope_theta": 50.0},
     "yarn": {"rope_scaling": YARN},
-    "sliding_window_in_upper_layers": {
-      "use_sliding_window": True,
-      "sliding_window": 5,
-      "max_window_layers": 1,
-      "num_hidden_layers": 3,
-    },
+    "sliding_window_in_upper_layers": _UPPER_WINDOW,
   },
   "qwen2": {
     "plain": {},
@@ -125,12 +121,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "tied_own_heads": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "loose_norm_short_rotary_period": {"rms_norm_eps": 1e-3, "rope_theta": 50.0},
     "yarn": {"rope_scaling": YARN},
-    "sliding_window_in_upper_layers": {
-      "use_sliding_window": True,
-      "sliding_window": 5,
-      "max_window_layers": 1,
-      "num_hidden_layers": 3,
-    },
+    "sliding_window_in_upper_layers": _UPPER_WINDOW,
   },
   "olmoe": {
     "plain": {},
