@@ -170,13 +170,16 @@ def compile_update(
 
   Args:
     policy: what is trained. optimizer: any optax transformation; wrap it in `skip_nonfinite` to survive NaN.
-    options: minibatches and epochs. update: objective, router shift, auxiliary losses. advantage: baseline and scale.
+    options: minibatches and epochs. update: objective, router shift, auxiliary losses.
+    advantage: baseline and scale; None of either is "group_mean" and "group_std".
     samples_per_prompt: G, rows of a group, which stay together in a minibatch. layout: the mesh.
     keep_trace: minibatches keep the routing trace although the update does not read it (for `diagnose`).
   """
   options, group = options or RLOptions(), samples_per_prompt
   by_rows = functools.partial(jax.jit, out_shardings=layout.sharding("batch"))
+  # A baseline or scale of None is the objective recipe's; without a recipe, GRPO's.
   chosen = {name: value for name, value in vars(advantage or AdvantageOptions()).items() if value is not None}
+  chosen = {"baseline": "group_mean", "scale": "group_std"} | chosen
   sizes = {"microbatches": update.microbatches, "chunk": update.logits_chunk}
   trace = {"all_experts": update.shift is not None and update.shift.deviation == "kl", "gates": update.replay_gates}
 
