@@ -118,6 +118,14 @@ def test_code_of_the_package_page_prints_the_shown_output(installed, tmp_path):
   assert run(installed, tmp_path, CODE) == OUTPUT
 
 
+def test_program_of_the_library_document_learns_with_the_installed_package_alone(installed, tmp_path):
+  data, program = re.findall(r"^```python\n(.*?)^```$", (DOCS / "library.md").read_text(), re.DOTALL | re.MULTILINE)
+  assert sum(bool(line.strip()) for line in program.splitlines()) <= 60
+  output = run(installed, tmp_path, data + program)
+  success = [float(value) for value in re.findall(r"success ([\d.]+)", output)]
+  assert len(success) == 6 and success[0] < 0.15 and min(success[-2:]) > 0.4, output
+
+
 def test_package_page_names_no_make_target_and_links_no_local_file(installed):
   (metadata,) = installed.glob("*.dist-info/METADATA")
   assert metadata.read_text().endswith(PAGE)

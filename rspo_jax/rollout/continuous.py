@@ -93,8 +93,10 @@ class ContinuousSampler:
     self._start = jax.jit(bind(self._empty, rows), out_shardings=self._shardings(rows))
     self._compact = {count: jax.jit(decode_rows.compact, out_shardings=self._shardings(count)) for count in self._sizes}
     self._prefill = jax.jit(bind(decode_rows.prefill_prompts, policy, options))
-    self._insert = jax.jit(bind(decode_rows.insert, policy, options), donate_argnums=2)
-    self._decode = jax.jit(bind(decode_rows.decode, policy, options), donate_argnums=2)
+    # Fixed output shardings: each program then sees its own rows again, and is compiled once.
+    stable = {"donate_argnums": 2, "out_shardings": self._shardings(rows)}
+    self._insert = jax.jit(bind(decode_rows.insert, policy, options), **stable)
+    self._decode = jax.jit(bind(decode_rows.decode, policy, options), **stable)
     self._take = jax.jit(lambda kept, rows: jax.tree.map(lambda leaf: leaf[rows], kept))
     cache = jax.eval_shape(bind(policy.init_cache, rows, size))
     self.cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
