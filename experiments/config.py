@@ -1,4 +1,6 @@
-"""What an experiment is made of. The library's option dataclasses are groups of it as they are; here is only the rest.
+"""What an experiment is made of. The library's option dataclasses are groups of it as they are.
+
+Groups that one module of `experiments.setup` reads are declared there; here are the others.
 
 A config file builds an `ExperimentConfig` and returns `config_dict` of it; flags override its fields by dotted names.
 """
@@ -7,6 +9,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.setup.optimizer import OptimizerConfig
+from experiments.setup.runtime import RuntimeConfig
+from experiments.setup.weight_sync import EngineConfig
 from models.config import TransformerConfig
 from rspo_jax.data.curriculum import CurriculumOptions
 from rspo_jax.objectives.advantages import AdvantageOptions
@@ -44,59 +49,11 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardConfig:
-  """name: of `rspo_jax.rewards.REWARDS`, or the dotted path of a reward. options: the reward's own
-  (docs/rewards.md).
-  """
+class Named:
+  """An entry of a table, or something of the user's by its dotted path "package.module:name", and its own options."""
 
-  name: str = "countdown"
+  name: str
   options: Mapping[str, Any] = _mapping()
-
-
-@dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-  """name: of `rspo_jax.objectives.OBJECTIVES`, or the dotted path of an objective. options: its own, such as eps_high;
-  one that is not set has the objective's default (docs/algorithms.md)."""
-
-  name: str = "gmpo"
-  options: Mapping[str, Any] = _mapping()
-
-
-@dataclasses.dataclass(frozen=True)
-class PolicyConfig:
-  """Which model. docs/library.md shows one of the user's own.
-
-  Attributes:
-    name: "transformer", ours, described by `config.model`; or the dotted path of a function (layout, **options) ->
-      `rspo_jax.Policy`, for which `config.model` is not read.
-    options: of that function.
-  """
-
-  name: str = "transformer"
-  options: Mapping[str, Any] = _mapping()
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """AdamW under a schedule: linear warm-up, then a cosine to `final_fraction` of the learning rate.
-
-  Attributes:
-    learning_rate: its peak. warmup_steps: updates until there. final_fraction: share of it left at the last update.
-    max_grad_norm: gradients are scaled down to this global norm.
-    frozen: patterns of parameter paths that are not trained. freeze_router: the routers are not.
-    router_multiplier: factor on the learning rate of the routers.
-  """
-
-  learning_rate: float = 1e-3
-  warmup_steps: int = 20
-  final_fraction: float = 1.0
-  b1: float = 0.9
-  b2: float = 0.99
-  weight_decay: float = 0.0
-  max_grad_norm: float = 1.0
-  frozen: tuple[str, ...] = ()
-  freeze_router: bool = False
-  router_multiplier: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,23 +69,6 @@ class WarmStartConfig:
   batch_size: int = 64
   wrong_fraction: float = 0.0
   optimizer: OptimizerConfig = OptimizerConfig()
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-  """A remote inference engine instead of our own sampler (docs/remote_engine.md).
-
-  Attributes:
-    urls: root of the server, several separated by commas. kind: "sglang" or "vllm", how it loads new weights.
-    folder: where the weights are written for it, as a Hugging Face folder that it sees under the same path.
-    model: the model's name in requests; '' for none. timeout: seconds that a completion may take.
-  """
-
-  urls: str = ""
-  kind: str = "sglang"
-  folder: str = ""
-  model: str = ""
-  timeout: float = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +112,7 @@ class BenchmarkConfig(EvaluationSettings):
   """
 
   data: DataConfig = DataConfig()
-  reward: RewardConfig = RewardConfig()
+  reward: Named = Named("countdown")
   group: str = "average"
 
 
@@ -211,29 +151,16 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RuntimeConfig:
-  """Where it runs.
-
-  Attributes:
-    mesh: sizes of 'data', 'fsdp', 'expert', 'tensor'; one may be -1 for the devices that are left.
-    cpu_devices: virtual devices on a CPU; 0 is one per core.
-    distributed: call `jax.distributed.initialize()` (a TPU pod or a cluster); an error there ends the run.
-    compilation_cache: folder of compiled programs; 'default' is in the user's cache folder, '' is off.
-  """
-
-  mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1})
-  cpu_devices: int = 0
-  distributed: bool = False
-  compilation_cache: str = "default"
-
-
-@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
   """A whole run. Groups that may be None have a flag `.on`: `--config.shift.on=false` is the base objective; setting
   any field of a group that is off, such as `--config.mismatch.correction=tis`, switches it on.
 
   Attributes:
     steps: RL steps.
+    policy: "transformer", ours, described by `config.model`; or a function (layout, **options) -> `rspo_jax.Policy`,
+      for which `config.model` is not read (docs/library.md).
+    reward: of `rspo_jax.rewards.REWARDS` (docs/rewards.md).
+    objective: of `rspo_jax.objectives.OBJECTIVES` (docs/algorithms.md); an option that is not set has its default.
     pretrained: where the parameters come from: a Hugging Face folder, one of `experiments.convert`, or another run's
       workdir; '' initialises them at random. With `model.lora.rank` above 0 they are frozen, and adapters are trained.
     tokenizer: a folder with a `tokenizer.json`; 'bytes' has a token for each byte of UTF-8; '' has one for each
@@ -244,16 +171,16 @@ class ExperimentConfig:
   seed: int
   model: TransformerConfig | None
   steps: int = 100
-  policy: PolicyConfig = PolicyConfig()
+  policy: Named = Named("transformer")
   pretrained: str = ""
   tokenizer: str = ""
   data: DataConfig = DataConfig()
-  reward: RewardConfig = RewardConfig()
+  reward: Named = Named("countdown")
   sampling: SamplingOptions = SamplingOptions(max_new_tokens=16, samples_per_prompt=8)
   engine: EngineConfig | None = None
   collector: CollectorOptions = CollectorOptions()
   curriculum: CurriculumOptions | None = None
-  objective: ObjectiveConfig = ObjectiveConfig()
+  objective: Named = Named("gmpo")
   advantage: AdvantageOptions = AdvantageOptions()
   shift: ShiftOptions | None = ShiftOptions()
   mismatch: MismatchOptions | None = None

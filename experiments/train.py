@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import flags
 
 from experiments.config import ExperimentConfig
@@ -23,23 +22,22 @@ from experiments.reporting.progress import Progress
 from experiments.reporting.summary import summarize
 from experiments.reporting.summary_text import print_summary
 from experiments.setup import benchmarks, runtime
-from experiments.setup.build import Components, build, build_collector, build_diagnostics, build_update
+from experiments.setup.build import Components, build, build_collector, build_diagnostics, build_update, optimizers
 from experiments.setup.command_line import run_app
 from experiments.setup.config_flags import plain_config, read_config
 from experiments.setup.model_files import initial_state
-from experiments.setup.optimizer import optimizers
 from experiments.setup.warm_start import build_warm_start
 from rspo_jax.evaluation.completion_log import Completions
 from rspo_jax.rewards.base import close
 from rspo_jax.rl_programs import rl_programs
-from rspo_jax.rl_step import UpdateFunctions, rl_step
+from rspo_jax.rl_step import rl_step
 from rspo_jax.rollout.collector import Collector
 from rspo_jax.run.checkpoint import Checkpoints
 from rspo_jax.run.host_state import abstract_bundle, bundle, unbundle
 from rspo_jax.run.metrics import MetricsWriter
 from rspo_jax.run.workdir import claim_workdir, dump_json_atomic
 from rspo_jax.training.state import abstract_state, restart_optimizer
-from rspo_jax.types import Params, Program, TrainState
+from rspo_jax.types import Params, TrainState
 
 # What may change between starts of one run: where and how often it writes, not what it computes.
 FREE_KEYS = (
@@ -180,8 +178,19 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
     state, metrics = rl_step(state, number, collector=collector, functions=functions, reference=reference, diagnose=due)
     return state, metrics | {"optimizer/learning_rate": schedule((number + 1) * updates_per_step - 1)}
 
-  for program in run_programs(components, optimizer, functions, collector):
-    progress.print(f"to compile: {program.name}")
+  of_rl = rl_programs(
+    components.policy,
+    optimizer,
+    functions,
+    collector.sampler,
+    rows=config.collector.prompts * config.sampling.samples_per_prompt,
+    prompt_length=components.prompt_length,
+    versions=config.collector.carry_over > 0,
+  )
+  of_evaluation = (program for program, _ in benchmarks.programs(components, run.benchmarks))
+  every = {program.name: program for program in (*warm_start.programs, *of_evaluation, *of_rl)}
+  for name in every:
+    progress.print(f"to compile: {name}")
   try:
     phase, done = run.restore(
       {
@@ -192,7 +201,7 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
     if phase != "rl":
       if run.state is None:
         run.state = initial_state(components, warm_optimizer)
-      run.phase("warm_start", warm_start, done, config.warm_start.steps)
+      run.phase("warm_start", warm_start.step, done, config.warm_start.steps)
       # RL begins with a new optimizer state.
       run.state = restart_optimizer(run.state, components.policy, optimizer, components.layout)
       run.write_evaluation(0, "before")
@@ -209,25 +218,6 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
     dump_json_atomic(workdir / "summary.json", summary)
   write_report(workdir, summary)
   return summary
-
-
-def run_programs(
-  components: Components,
-  optimizer: optax.GradientTransformation,
-  functions: UpdateFunctions,
-  collector: Collector,
-) -> tuple[Program, ...]:
-  """What the RL steps of a run compile, from shapes alone."""
-  config = components.config
-  return rl_programs(
-    components.policy,
-    optimizer,
-    functions,
-    collector.sampler,
-    rows=config.collector.prompts * config.sampling.samples_per_prompt,
-    prompt_length=components.prompt_length,
-    versions=config.collector.carry_over > 0,
-  )
 
 
 def main() -> None:

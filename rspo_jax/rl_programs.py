@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from rspo_jax import mesh
-from rspo_jax.rl_step import UpdateFunctions
+from rspo_jax.rl_functions import UpdateFunctions
 from rspo_jax.rollout.samplers import Sampler
 from rspo_jax.router.trace import index_dtype
 from rspo_jax.training.state import abstract_state

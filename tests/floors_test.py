@@ -11,7 +11,7 @@ FLOORS = (
   ("masked", "mesh", "tokenization", "tasks"),
   ("objectives", "router", "run", "data"),
   ("training", "rewards"),
-  ("rollout", "evaluation"),
+  ("rollout", "evaluation", "rl_functions"),
   ("rl_step",),
   ("rl_programs",),
 )

@@ -11,8 +11,8 @@ from experiments.config import (
   DataConfig,
   EvaluationConfig,
   ExperimentConfig,
+  Named,
   OptimizerConfig,
-  RewardConfig,
   WarmStartConfig,
 )
 from experiments.setup.config_flags import config_dict
@@ -30,7 +30,7 @@ def get_config():
       data=DataConfig(
         options={"numbers": 3, "high": 20, "target_high": 60, "operators": "+-", "train": 4096, "test": 1024, "seed": 0}
       ),
-      reward=RewardConfig(options={"format_reward": 0.1}),
+      reward=Named("countdown", options={"format_reward": 0.1}),
       sampling=SamplingOptions(max_new_tokens=14, samples_per_prompt=8),
       warm_start=WarmStartConfig(
         steps=130,

@@ -17,7 +17,7 @@ from experiments.config import (
   DataConfig,
   EvaluationConfig,
   ExperimentConfig,
-  RewardConfig,
+  Named,
 )
 from experiments.setup.config_flags import config_dict
 from rspo_jax.rollout import SamplingOptions
@@ -27,7 +27,7 @@ ASK = "{%s}\nPlease reason step by step, and put your final answer within \\boxe
 
 def mathematics(file, prompt="problem", gold="answer", samples=4, **options):
   files = {"test": file, "prompt": ASK % prompt, "gold": gold, **options}
-  return BenchmarkConfig(DataConfig("files", options=files), RewardConfig("math"), group="mathematics", samples=samples)
+  return BenchmarkConfig(DataConfig("files", options=files), Named("math"), group="mathematics", samples=samples)
 
 
 BENCHMARKS = {
@@ -38,7 +38,7 @@ BENCHMARKS = {
   "olympiadbench": mathematics("olympiadbench.jsonl", prompt="question", gold="final_answer"),
   "humaneval": BenchmarkConfig(
     DataConfig("files", options={"test": "humaneval.jsonl.gz", "prompt": "prompt", "gold": ""}),
-    RewardConfig("code"),
+    Named("code"),
     group="code",
     samples=16,
   ),

@@ -12,8 +12,8 @@ from experiments.config import (
   DataConfig,
   EvaluationConfig,
   ExperimentConfig,
+  Named,
   OptimizerConfig,
-  RewardConfig,
   WarmStartConfig,
 )
 from experiments.setup.config_flags import config_dict
@@ -42,7 +42,7 @@ def get_config():
           "seed": 0,
         },
       ),
-      reward=RewardConfig(name="knights", options={"format_reward": 0.1}),
+      reward=Named(name="knights", options={"format_reward": 0.1}),
       sampling=SamplingOptions(max_new_tokens=8, samples_per_prompt=8),
       # A problem has one right answer and eight samples soon agree on one: entropy and fresh groups keep RL learning.
       loss=UpdateOptions(entropy_coefficient=0.2),

@@ -16,8 +16,8 @@ from experiments.config import (
   DataConfig,
   EvaluationConfig,
   ExperimentConfig,
+  Named,
   OptimizerConfig,
-  RewardConfig,
 )
 from experiments.setup.config_flags import config_dict
 from experiments.setup.model_files import read_model
@@ -47,7 +47,7 @@ def checkpoint(folder: str) -> ExperimentConfig:
     pretrained=folder,
     tokenizer=folder,
     data=DataConfig(name="files", options=FILES, chat=True, max_prompt_tokens=256),
-    reward=RewardConfig(name="math"),
+    reward=Named(name="math"),
     sampling=SamplingOptions(max_new_tokens=1024, samples_per_prompt=8),
     steps=200,
     collector=CollectorOptions(prompts=64, overlong_buffer=128),
@@ -72,7 +72,7 @@ def tiny() -> ExperimentConfig:
     ),
     tokenizer="bytes",
     data=DataConfig(name="files", options=FILES, max_prompt_tokens=256),
-    reward=RewardConfig(name="math"),
+    reward=Named(name="math"),
     sampling=SamplingOptions(max_new_tokens=16, samples_per_prompt=4),
     steps=2,
     collector=CollectorOptions(prompts=8),

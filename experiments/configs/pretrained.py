@@ -12,8 +12,8 @@ from experiments.config import (
   DataConfig,
   EvaluationConfig,
   ExperimentConfig,
+  Named,
   OptimizerConfig,
-  RewardConfig,
 )
 from experiments.setup.config_flags import config_dict
 from experiments.setup.model_files import kind_of, read_model
@@ -34,7 +34,7 @@ def get_config(folder: str = ""):
       data=DataConfig(
         options={"numbers": 3, "high": 20, "target_high": 60, "operators": "+-", "train": 4096, "test": 256, "seed": 0}
       ),
-      reward=RewardConfig(options={"format_reward": 0.1}),
+      reward=Named("countdown", options={"format_reward": 0.1}),
       sampling=SamplingOptions(max_new_tokens=32, samples_per_prompt=8),
       steps=200,
       collector=CollectorOptions(prompts=32),

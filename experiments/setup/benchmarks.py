@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments.config import EvaluationConfig, RewardConfig
+from experiments.config import EvaluationConfig, Named
 from experiments.setup.build import EVALUATION, Components, longest_prompt
 from experiments.setup.data import read_data
 from rspo_jax.data.examples import Example
@@ -63,7 +63,7 @@ def make_benchmarks(components: Components) -> tuple[Benchmark, ...]:
   config = components.config
   rewards = {_key_of(config.reward): components.reward} if components.reward else {}
 
-  def reward_of(spec: RewardConfig) -> Reward:
+  def reward_of(spec: Named) -> Reward:
     """One reward for equal settings: a reward may have processes of its own."""
     if _key_of(spec) not in rewards:
       rewards[_key_of(spec)] = make_reward(spec.name, **spec.options)
@@ -173,5 +173,5 @@ def _changed(settings: EvaluationConfig) -> dict[str, float]:
   return {name: value for name, value in own.items() if value is not None}
 
 
-def _key_of(reward: RewardConfig) -> str:
+def _key_of(reward: Named) -> str:
   return json.dumps([reward.name, dict(reward.options)], sort_keys=True, default=list)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import optax
 from absl import logging
 
 from experiments.config import ExperimentConfig
 from experiments.setup.checks import check_divides
 from experiments.setup.data import make_tokenizer, need_splits, read_data
-from experiments.setup.optimizer import frozen_parameters
+from experiments.setup.optimizer import frozen_parameters, make_optimizer
 from experiments.setup.weight_sync import remote_engine
 from models.policy import build_policy
 from rspo_jax import mesh
@@ -32,7 +33,7 @@ from rspo_jax.training.loss import UpdateOptions
 from rspo_jax.types import Array, Layout, Policy
 
 # Streams of random numbers, folded into the seed before anything else is.
-INIT, SAMPLING, EVALUATION, DATA = range(4)
+INIT, SAMPLING, EVALUATION = range(3)
 
 
 class Components(NamedTuple):
@@ -90,7 +91,9 @@ def build(config: ExperimentConfig, *, training: bool = True) -> Components:
     prompt_length = max(longest_prompt(split.examples, tokenizer) for split in splits.values())
     reward = make_reward(config.reward.name, **config.reward.options)
   mesh.param_shardings(policy, layout)  # raises for parameters that do not divide
-  remote = None if config.engine is None else remote_engine(config, policy)
+  remote = None
+  if config.engine is not None:
+    remote = remote_engine(config.engine, policy, config.model, (config.pretrained, config.tokenizer))
 
   @functools.cache
   def sampler(options: SamplingOptions, prompts: int, length: int, resume: bool = False) -> Sampler:
@@ -122,6 +125,15 @@ def make_policy(config: ExperimentConfig, layout: Layout | None = None) -> Polic
 def longest_prompt(examples: Sequence[Example], tokenizer: Tokenizer) -> int:
   """In tokens."""
   return max(len(tokenizer.encode(example.prompt)) for example in examples)
+
+
+def optimizers(config: ExperimentConfig) -> dict[str, tuple[optax.GradientTransformation, optax.Schedule]]:
+  """Optimizer and schedule of each phase."""
+  rl_updates = config.steps * config.rl.epochs * config.rl.minibatches
+  return {
+    "warm_start": make_optimizer(config.warm_start.optimizer, config.warm_start.steps, config.model),
+    "rl": make_optimizer(config.optimizer, rl_updates, config.model),
+  }
 
 
 def build_collector(components: Components) -> Collector:

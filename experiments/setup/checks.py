@@ -3,12 +3,11 @@
 import re
 
 from experiments.config import EvaluationConfig, ExperimentConfig
+from experiments.setup.weight_sync import UPDATES
 from rspo_jax.data.datasets import DATASETS
 from rspo_jax.lookup import look_up
 from rspo_jax.objectives.table import check_recipe, make_objective
 from rspo_jax.rewards.table import check_reward, reward_names
-
-ENGINES = ("sglang", "vllm")
 
 
 def check_config(config: ExperimentConfig) -> None:
@@ -16,6 +15,9 @@ def check_config(config: ExperimentConfig) -> None:
   look_up("config.data.name", config.data.name, DATASETS)
   check_reward(config.reward.name, config.reward.options, "config.reward")
   _check_objective(config)
+  look_up("config.policy.name", config.policy.name, {"transformer": None})
+  if config.policy.name == "transformer" and config.model is None:
+    raise ValueError("config.model is None; describe the model there, or name a policy of your own in config.policy.")
   for where, value, least in (
     ("config.sampling.samples_per_prompt", config.sampling.samples_per_prompt, 2 if config.steps else 1),
     ("config.checkpoint.every", config.checkpoint.every, 1),
@@ -56,8 +58,13 @@ def _check_engine(config: ExperimentConfig) -> None:
     return
   if not engine.urls:
     raise ValueError("config.engine.urls is ''; name the root of a server, as http://127.0.0.1:8000.")
-  if engine.kind not in ENGINES:
-    raise ValueError(f"config.engine.kind is {engine.kind!r}; want one of {', '.join(ENGINES)}.")
+  if config.policy.name != "transformer":
+    raise ValueError(
+      f"config.engine is on, but config.policy.name is {config.policy.name!r}, whose weights no engine can read. Set "
+      "config.engine.on=false."
+    )
+  if engine.kind not in UPDATES:
+    raise ValueError(f"config.engine.kind is {engine.kind!r}; want one of {', '.join(UPDATES)}.")
   if not engine.folder:
     raise ValueError(
       f"config.engine.urls is {engine.urls!r}, but config.engine.folder is ''; name a folder that the engine sees too: "

@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from experiments.config import ExperimentConfig, ObjectiveConfig
+from experiments.config import ExperimentConfig
 from experiments.setup.checks import check_config
 from models.config import TransformerConfig
 from rspo_jax.lookup import near
@@ -88,7 +88,9 @@ RENAMED = {
 
 def config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
   """The dataclasses as a ConfigDict, so that flags can override every field by its dotted name."""
-  return ml_collections.ConfigDict(_fill(ExperimentConfig, config))
+  filled = _fill(ExperimentConfig, config)
+  filled["objective"]["options"] = _all_objective_options() | filled["objective"]["options"]
+  return ml_collections.ConfigDict(filled)
 
 
 def read_config(given: ml_collections.ConfigDict) -> ExperimentConfig:
@@ -97,7 +99,11 @@ def read_config(given: ml_collections.ConfigDict) -> ExperimentConfig:
   Raises:
     ValueError: an unknown key, a wrong type or an impossible value; names the key and the cure.
   """
-  config = _build(ExperimentConfig, given.to_dict(), "config")
+  plain = given.to_dict()
+  options = plain.get("objective", {}).get("options", {}) if isinstance(plain.get("objective"), dict) else {}
+  for name in [name for name, value in options.items() if value is None]:  # placeholders that no flag has set
+    del options[name]
+  config = _build(ExperimentConfig, plain, "config")
   check_config(config)
   return config
 
@@ -163,8 +169,6 @@ def _fill(kind: type, node: Any) -> dict[str, Any]:
     else:
       # A flag can give a placeholder a value of its type.
       filled[name] = placeholder(typing.get_origin(inner) or inner) if value is None else value
-  if kind is ObjectiveConfig:
-    filled["options"] = _all_objective_options() | filled["options"]
   return filled
 
 
@@ -194,8 +198,6 @@ def _build(kind: type, values: Any, where: str) -> Any:
   if missing:
     raise ValueError(f"{where} lacks {', '.join(missing)}.")
   given = {key: _convert(fields[key], value, f"{where}.{key}") for key, value in values.items()}
-  if kind is ObjectiveConfig:  # placeholders that no flag has set
-    given["options"] = {key: value for key, value in given.get("options", {}).items() if value is not None}
   try:
     return kind(**given)
   except ValueError as error:

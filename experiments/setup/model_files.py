@@ -11,9 +11,8 @@ import ml_collections
 import numpy as np
 import optax
 
-from experiments.setup.build import INIT, Components, make_policy
+from experiments.setup.build import INIT, Components, make_policy, optimizers
 from experiments.setup.config_flags import read_config, read_model_config
-from experiments.setup.optimizer import optimizers
 from models import lora
 from models.config import TransformerConfig
 from models.huggingface import checkpoint

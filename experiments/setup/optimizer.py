@@ -1,12 +1,36 @@
 """Optimizers of the two phases, and the parameters that they leave frozen."""
 
+import dataclasses
+
 import optax
 
-from experiments.config import ExperimentConfig, OptimizerConfig
 from models.config import TransformerConfig
 from models.lora import BASE
 from rspo_jax.training import parameters
 from rspo_jax.training.train_step import skip_nonfinite
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW under a schedule: linear warm-up, then a cosine to `final_fraction` of the learning rate.
+
+  Attributes:
+    learning_rate: its peak. warmup_steps: updates until there. final_fraction: share of it left at the last update.
+    max_grad_norm: gradients are scaled down to this global norm.
+    frozen: patterns of parameter paths that are not trained. freeze_router: the routers are not.
+    router_multiplier: factor on the learning rate of the routers.
+  """
+
+  learning_rate: float = 1e-3
+  warmup_steps: int = 20
+  final_fraction: float = 1.0
+  b1: float = 0.9
+  b2: float = 0.99
+  weight_decay: float = 0.0
+  max_grad_norm: float = 1.0
+  frozen: tuple[str, ...] = ()
+  freeze_router: bool = False
+  router_multiplier: float = 1.0
 
 
 def make_optimizer(
@@ -29,15 +53,6 @@ def make_optimizer(
     multipliers = {parameters.ROUTER: config.router_multiplier}
     optimizer = optax.chain(optimizer, parameters.scale_updates(multipliers))
   return skip_nonfinite(optimizer), schedule
-
-
-def optimizers(config: ExperimentConfig) -> dict[str, tuple[optax.GradientTransformation, optax.Schedule]]:
-  """Optimizer and schedule of each phase."""
-  rl_updates = config.steps * config.rl.epochs * config.rl.minibatches
-  return {
-    "warm_start": make_optimizer(config.warm_start.optimizer, config.warm_start.steps, config.model),
-    "rl": make_optimizer(config.optimizer, rl_updates, config.model),
-  }
 
 
 def frozen_parameters(config: OptimizerConfig, model: TransformerConfig | None) -> tuple[str, ...]:

@@ -1,22 +1,39 @@
-"""What a process does before and around the work: devices, the compilation cache, a polite end on SIGTERM."""
+"""Set-up of a process: devices, the compilation cache, and SIGTERM."""
 
+import dataclasses
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
 
-from experiments.config import RuntimeConfig
 from experiments.setup.allocator import keep_freed_memory
 
 
+@dataclasses.dataclass(frozen=True)
+class RuntimeConfig:
+  """Where it runs.
+
+  Attributes:
+    mesh: sizes of 'data', 'fsdp', 'expert', 'tensor'; one may be -1 for the devices that are left.
+    cpu_devices: virtual devices on a CPU; 0 is one per core.
+    distributed: call `jax.distributed.initialize()` (a TPU pod or a cluster); an error there ends the run.
+    compilation_cache: folder of compiled programs; 'default' is in the user's cache folder, '' is off.
+  """
+
+  mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1})
+  cpu_devices: int = 0
+  distributed: bool = False
+  compilation_cache: str = "default"
+
+
 def start(runtime: RuntimeConfig) -> None:
-  """Sets JAX up; call it before anything touches a device.
+  """Configures JAX; to be called before any device is used.
 
   Raises:
-    Whatever `jax.distributed.initialize` raises when `distributed` is asked for and does not come about: hosts that
-    train alone must not pass for a pod.
+    The error of `jax.distributed.initialize` if `distributed` is set: a host that trains alone must not pass for a pod.
   """
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   jax.config.update("jax_num_cpu_devices", runtime.cpu_devices or cores)
@@ -28,7 +45,7 @@ def start(runtime: RuntimeConfig) -> None:
 
 
 def start_cache(runtime: RuntimeConfig) -> None:
-  """Keeps compiled programs in a folder, so that the next start compiles nothing."""
+  """Keeps compiled programs in a folder, so that the next start need not compile them."""
   if not runtime.compilation_cache:
     return
   folder = runtime.compilation_cache
@@ -40,7 +57,7 @@ def start_cache(runtime: RuntimeConfig) -> None:
 
 
 class Preemption:
-  """Says at a step's end whether the process was asked to stop (SIGTERM), the same answer on all hosts."""
+  """Whether SIGTERM was received, asked at the end of a step; all hosts get the same answer."""
 
   def __init__(self):
     self._asked = False

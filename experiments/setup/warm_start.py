@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -11,15 +13,22 @@ from experiments.setup.build import Components
 from rspo_jax import mesh
 from rspo_jax.data.examples import Example, batches
 from rspo_jax.rollout.completions import Completion, new_completion, to_rollout
-from rspo_jax.training.state import state_shardings
+from rspo_jax.training.state import abstract_state, state_shardings
 from rspo_jax.training.train_step import jit_step, make_supervised_step
-from rspo_jax.types import TrainBatch, TrainState
+from rspo_jax.types import Program, TrainBatch, TrainState
+
+
+class WarmStart(NamedTuple):
+  """step: (state, number of the step) -> (state, metrics). programs: what it compiles; () without steps."""
+
+  step: Callable[[TrainState, int], tuple[TrainState, dict]]
+  programs: tuple[Program, ...]
 
 
 def build_warm_start(
   components: Components, optimizer: optax.GradientTransformation, schedule: optax.Schedule
-) -> Callable[[TrainState, int], tuple[TrainState, dict]]:
-  """(state, number of the step) -> (state, metrics).
+) -> WarmStart:
+  """The supervised phase of `config.warm_start`.
 
   Raises:
     ValueError: the data set has no demonstrations, or one that is longer than a completion may be.
@@ -77,4 +86,18 @@ def build_warm_start(
       "seconds/step": seconds,
     }
 
-  return step
+  return WarmStart(step, (_program(components, optimizer, update),) if config.warm_start.steps else ())
+
+
+def _program(components: Components, optimizer: optax.GradientTransformation, update: Callable) -> Program:
+  rows = components.config.warm_start.batch_size
+  slots = components.prompt_length + components.config.sampling.max_new_tokens
+  kinds = {"tokens": jnp.int32, "valid": bool, "action_mask": bool, "old_log_prob": jnp.float32}
+  batch = TrainBatch(
+    **{name: jax.ShapeDtypeStruct((rows, slots), kind) for name, kind in kinds.items()},
+    advantage=jax.ShapeDtypeStruct((rows,), jnp.float32),
+  )
+  state = abstract_state(components.policy, optimizer, components.layout)
+  return Program(
+    f"supervised step on {rows} rows of {slots} tokens", update, (state, mesh.abstract_batch(batch, components.layout))
+  )

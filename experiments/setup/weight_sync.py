@@ -1,14 +1,15 @@
-"""The remote engine of a config, and the folder through which it gets new weights."""
+"""The remote engine of a run, and the folder through which it gets new weights."""
 
+import dataclasses
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
-from experiments.config import ExperimentConfig
+from models.config import TransformerConfig
 from models.huggingface.checkpoint import save_pretrained
 from models.layers.weights import merge_lora
 from rspo_jax.files import read_json
@@ -19,29 +20,43 @@ from rspo_jax.types import Params, Policy
 UPDATES = {"sglang": update_sglang, "vllm": update_vllm}
 
 
-def remote_engine(config: ExperimentConfig, policy: Policy) -> Callable[[SamplingOptions], RemoteEngine]:
-  """Makes the engine of `config.engine` for any options; all of them share one record of the last weight sync.
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """A remote inference engine instead of our own sampler (docs/remote_engine.md).
 
-  Raises:
-    ValueError: several processes, each of which would request all completions and get different ones; or a policy that
-      is not ours, whose weights have no public names.
+  Attributes:
+    urls: root of the server, several separated by commas. kind: "sglang" or "vllm", how it loads new weights.
+    folder: where the weights are written for it, as a Hugging Face folder that it sees under the same path.
+    model: the model's name in requests; '' for none. timeout: seconds that a completion may take.
   """
-  engine, model = config.engine, config.model
+
+  urls: str = ""
+  kind: str = "sglang"
+  folder: str = ""
+  model: str = ""
+  timeout: float = 600.0
+
+
+def remote_engine(
+  engine: EngineConfig, policy: Policy, model: TransformerConfig, sources: Sequence[str]
+) -> Callable[[SamplingOptions], RemoteEngine]:
+  """Makes the engine for any options; all of them share one record of the last weight sync.
+
+  Args:
+    model: what the policy is built from. sources: folders that the initial model or its tokenizer may come from.
+  Raises:
+    ValueError: several processes, each of which would request all completions and get different ones.
+  """
   if jax.process_count() > 1:
     raise ValueError(
       f"config.engine.urls is {engine.urls!r} on {jax.process_count()} processes; a remote engine works with one "
       "process only. Set config.engine.on=false on several hosts."
     )
-  if config.policy.name != "transformer":
-    raise ValueError(
-      f"config.engine is set, but config.policy.name is {config.policy.name!r}, whose weights no engine can read. Set "
-      "config.engine.on=false."
-    )
   urls = [url.strip().rstrip("/") for url in engine.urls.split(",")]
   update = functools.partial(UPDATES[engine.kind], client=Client(timeout=engine.timeout))
 
   def sync_weights(params: Params) -> None:
-    update(urls, str(write_weights(config, params)))
+    update(urls, str(write_weights(engine.folder, model, params, sources)))
 
   return functools.partial(
     RemoteEngine,
@@ -55,16 +70,17 @@ def remote_engine(config: ExperimentConfig, policy: Policy) -> Callable[[Samplin
   )
 
 
-def write_weights(config: ExperimentConfig, params: Params) -> Path:
-  """Writes the parameters, adapters merged, into `config.engine.folder`, over those of the step before.
+def write_weights(folder: str | Path, model: TransformerConfig, params: Params, sources: Sequence[str]) -> Path:
+  """Writes the parameters, adapters merged, into a folder, over those of the step before.
 
   File by file, each whole or not at all; the engine reads them only when it is told to. The tokenizer and the other
-  small files of the initial model are copied along.
+  small files are copied from the first of the sources that is a Hugging Face folder.
 
   Raises:
-    ValueError: the folder is that of the initial model.
+    ValueError: the folder is that source.
   """
-  folder, source = Path(config.engine.folder).absolute(), _small_files(config)
+  folder = Path(folder).absolute()
+  source = next((Path(name) for name in sources if _is_hugging_face_folder(name)), None)
   if source is not None and folder.resolve() == source.resolve():
     raise ValueError(
       f"config.engine.folder is {folder}, the folder that the model comes from, which would be overwritten; name "
@@ -73,7 +89,7 @@ def write_weights(config: ExperimentConfig, params: Params) -> Path:
   folder.mkdir(parents=True, exist_ok=True)
   new = folder / ".new"
   shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
-  save_pretrained(new, *merge_lora(config.model, params), source=source)
+  save_pretrained(new, *merge_lora(model, params), source=source)
   for path in new.iterdir():
     if path.is_file():
       os.replace(path, folder / path.name)
@@ -81,10 +97,6 @@ def write_weights(config: ExperimentConfig, params: Params) -> Path:
   return folder
 
 
-def _small_files(config: ExperimentConfig) -> Path | None:
-  """The first Hugging Face folder among those of the run's model and tokenizer."""
-  for name in (config.pretrained, config.tokenizer):
-    settings = Path(name) / "config.json"
-    if name and settings.is_file() and "model_type" in read_json(settings):
-      return Path(name)
-  return None
+def _is_hugging_face_folder(name: str) -> bool:
+  settings = Path(name) / "config.json"
+  return bool(name) and settings.is_file() and "model_type" in read_json(settings)

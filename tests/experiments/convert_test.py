@@ -117,9 +117,10 @@ def test_errors_name_the_file_and_the_cure(tmp_path):
 
 
 def test_run_starts_with_pretrained_weights_and_new_adapters(tmp_path):
-  from experiments.config import ExperimentConfig, OptimizerConfig, RuntimeConfig
+  from experiments.config import ExperimentConfig
   from experiments.setup.build import build
-  from experiments.setup.optimizer import make_optimizer
+  from experiments.setup.optimizer import OptimizerConfig, make_optimizer
+  from experiments.setup.runtime import RuntimeConfig
 
   source = write_source(tmp_path / "hf", "qwen3_moe", "float32")
   model = dataclasses.replace(model_files.read_model(source), lora=LoraConfig(2, targets=("attention/query$",)))

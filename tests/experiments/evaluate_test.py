@@ -17,15 +17,14 @@ import pytest
 from rich.console import Console
 
 from experiments import compare, evaluate
-from experiments.config import BenchmarkConfig, DataConfig, EvaluationConfig, RewardConfig
+from experiments.config import BenchmarkConfig, DataConfig, EvaluationConfig, Named
 from experiments.configs import countdown_tiny, evaluate_math
 from experiments.reporting.progress import Progress
 from experiments.setup import benchmarks, model_files
 from experiments.setup.benchmarks import make_benchmarks, programs
-from experiments.setup.build import build
+from experiments.setup.build import build, optimizers
 from experiments.setup.checks import check_divides
 from experiments.setup.config_flags import config_dict, plain_config, read_config
-from experiments.setup.optimizer import optimizers
 from rspo_jax.evaluation.completion_log import read_lines
 from rspo_jax.run.checkpoint import Checkpoints
 from rspo_jax.run.metrics import MetricsWriter
@@ -68,8 +67,8 @@ def wanted(home, **evaluation_settings):
   config = read_config(countdown_tiny.get_config())
   data = DataConfig(data_dir=str(home / "data"), options=OPTIONS)
   benchmarks = {
-    "easy": BenchmarkConfig(data, RewardConfig("countdown")),
-    "odd": BenchmarkConfig(data, RewardConfig("countdown", {"format_reward": 0.5}), samples=SAMPLES // 2, greedy=False),
+    "easy": BenchmarkConfig(data, Named("countdown")),
+    "odd": BenchmarkConfig(data, Named("countdown", {"format_reward": 0.5}), samples=SAMPLES // 2, greedy=False),
   }
   settings = {"benchmarks": benchmarks, "problems": PROBLEMS, "samples": SAMPLES, "batch_problems": BATCH}
   small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}

@@ -16,7 +16,7 @@ from experiments.config import (
   DataConfig,
   EvaluationConfig,
   ExperimentConfig,
-  ObjectiveConfig,
+  Named,
   WarmStartConfig,
 )
 from experiments.reporting import plots
@@ -171,7 +171,7 @@ def test_standard_error_is_over_problems_and_needs_the_answers_of_the_same_evalu
 )
 @pytest.mark.usefixtures("no_figures")
 def test_summary_and_page_name_the_objective(tmp_path, objective, shift, name):
-  config = dataclasses.replace(CONFIG, objective=ObjectiveConfig(objective), shift=ShiftOptions() if shift else None)
+  config = dataclasses.replace(CONFIG, objective=Named(objective), shift=ShiftOptions() if shift else None)
   assert summary_of(make_run(tmp_path), config)["objective"] == name
   assert f"<h1>{name} on countdown</h1>" in html_of(tmp_path, config)
 

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.setup.build import build, build_collector, build_diagnostics, build_update
+from experiments.setup.build import build, build_collector, build_diagnostics, build_update, optimizers
 from experiments.setup.config_flags import read_config
-from experiments.setup.optimizer import optimizers
 from rspo_jax.rewards.base import RewardResult
 from rspo_jax.rl_step import rl_step
 from rspo_jax.run.metrics import is_known

@@ -10,9 +10,8 @@ import time
 import ml_collections
 import pytest
 
-from experiments.setup.build import build
+from experiments.setup.build import build, optimizers
 from experiments.setup.config_flags import read_config
-from experiments.setup.optimizer import optimizers
 from rspo_jax.run.checkpoint import Checkpoints
 from rspo_jax.run.fingerprints import fingerprints
 from rspo_jax.run.host_state import abstract_bundle

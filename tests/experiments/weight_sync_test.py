@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.setup.build import build, build_collector, build_update
+from experiments.setup.build import build, build_collector, build_update, optimizers
 from experiments.setup.config_flags import read_config
-from experiments.setup.optimizer import optimizers
 from experiments.setup.weight_sync import write_weights
 from models.huggingface.checkpoint import load_pretrained
 from models.policy import build_policy
@@ -103,10 +102,10 @@ def test_two_steps_of_rl_draw_with_the_weights_of_each_and_agree_with_the_traine
 def test_weights_are_written_over_the_old_ones_and_other_files_stay(tmp_path_factory):
   config = make_config(tmp_path_factory, "http://127.0.0.1:1")
   params = jax.jit(build_policy(config.model).init)(jax.random.key(0))
-  folder = write_weights(config, params)
+  folder = write_weights(config.engine.folder, config.model, params, ())
   (folder / "notes.txt").write_text("mine")
   other = jax.tree.map(lambda leaf: leaf + 1, params)
-  assert write_weights(config, other) == folder
+  assert write_weights(config.engine.folder, config.model, other, ()) == folder
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(load_pretrained(folder)[1]), other)
   assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
 
@@ -116,7 +115,7 @@ def test_the_model_that_the_run_began_with_is_not_overwritten(tmp_path_factory):
   (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
   config = make_config(tmp_path_factory, "http://127.0.0.1:1", pretrained=str(folder), engine__folder=str(folder))
   with pytest.raises(ValueError, match="the folder that the model comes from"):
-    write_weights(config, {})
+    write_weights(config.engine.folder, config.model, {}, (config.pretrained, config.tokenizer))
 
 
 @pytest.mark.parametrize(
