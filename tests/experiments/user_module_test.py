@@ -60,7 +60,7 @@ def test_a_run_of_nothing_but_the_users_own_trains_and_continues(tmp_path):
     ({"objective": Named(f"{MODULE}:unclipped", {"powr": 1.0})}, "config.objective: .*powr.*did you mean power"),
     ({"objective": Named(f"{MODULE}:longest")}, "config.objective: .*want a function .log_ratio, advantage, mask"),
     ({"data": DataConfig("nowhere:letters")}, "config.data.name is .*module nowhere cannot be imported"),
-    ({"reward": Named(f"{MODULE}:longest", {"per_leter": 1.0})}, "options.per_leter is unknown; did you mean per_letter"),
+    ({"reward": Named(f"{MODULE}:longest", {"per_leter": 1.0})}, "per_leter is unknown; did you mean per_letter"),
   ],
 )  # fmt: skip
 def test_mistakes_in_paths_and_options_are_reported_with_their_key(changes, message):
