@@ -5,13 +5,18 @@ import re
 
 import pytest
 
+from tests.floors_test import FLOORS
 from tests.support.paths import DOCS, ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "BUILD.md", ROOT / "BENCHMARKS.md", *sorted(DOCS.glob("*.md"))]
-FOLDERS = r"(?:rspo_jax|models|experiments|benchmarks|tests|docs|\.ci)"
-FILE = re.compile(rf"(?<![\w./-]){FOLDERS}/[\w./*-]*[\w*]|(?<=`)[\w-]+\.(?:py|md|toml|txt)(?=`)")
-MODULE = re.compile(r"(?<=`)(?:rspo_jax|models|experiments|benchmarks|tests)(?:\.\w+)+(?=[`(])")
-WRITTEN_BY_COMMANDS = {"results.md"}
+FOLDERS = ("rspo_jax", "models", "experiments", "benchmarks", "tests", "docs", ".ci")
+FILE = re.compile(
+  rf"(?<![\w./-])(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./*-]*[\w*]"  # with its folder
+  r"|(?<=`)[\w-]+\.(?:py|md|toml|txt|jinja)(?=`)"
+)
+MODULE = re.compile(r"(?:(?<=`)|(?<=-m ))(?:rspo_jax|models|experiments|benchmarks|tests)(?:\.\w+)+(?![\w.])")
+FILE_NAMES = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*")}  # for names without a folder
+OUTSIDE = {"results.md", "chat_template.jinja"}  # written by a command, or part of a checkpoint
 
 
 def exists(dotted):
@@ -33,8 +38,8 @@ def exists(dotted):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
 def test_every_file_exists(document):
-  missing = [path for path in set(FILE.findall(document.read_text())) - WRITTEN_BY_COMMANDS if not list(ROOT.glob(path))]
-  assert not missing
+  named = set(FILE.findall(document.read_text())) - OUTSIDE
+  assert not [path for path in named if not (list(ROOT.glob(path)) or path in FILE_NAMES)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
@@ -55,8 +60,21 @@ def test_every_make_target_exists():
       assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{document.name} names make {target}"
 
 
-def test_every_document_is_checked():
-  found = [path for path in FILE.findall("`rspo_jax/rl_step.py`, tests/docs/*.py, `BUILD.md`, x/models/config.py, a.py")]
-  assert found == ["rspo_jax/rl_step.py", "tests/docs/*.py", "BUILD.md"]
+def test_absent_names_are_found():
+  text = "`rspo_jax/rl_step.py`, tests/docs/*.py, `BUILD.md`, x/models/config.py, a.py"
+  assert FILE.findall(text) == ["rspo_jax/rl_step.py", "tests/docs/*.py", "BUILD.md"]
   assert exists("rspo_jax.rl_step.rl_step") and exists("rspo_jax.types.Policy.init")
   assert not exists("rspo_jax.rl_step.rl_stp") and not exists("rspo_jax.absent")
+
+
+def test_build_shows_the_floors_of_the_library():
+  lines = re.findall(r"^  (\d)  (.*)$", (ROOT / "BUILD.md").read_text(), re.MULTILINE)
+  assert [(int(floor), tuple(subjects.split())) for floor, subjects in lines] == list(enumerate(FLOORS))
+
+
+def test_every_change_names_one_file():
+  section = (ROOT / "BUILD.md").read_text().split("## Where do I change ...?")[1].split("\n## ")[0]
+  rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+  assert len(rows) >= 20
+  for change, file, *_ in rows:
+    assert re.fullmatch(r"`[\w./]+`", file) and (ROOT / file.strip("`")).is_file(), change
