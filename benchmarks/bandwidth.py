@@ -1,11 +1,13 @@
-"""How near decoding comes to the limit that memory sets: every step reads the weights in use and the cache once.
+"""Decoding relative to the memory bandwidth: every step reads the weights in use and the key/value cache once.
 
-The limit is measured beside it, as the rate at which all cores together read arrays that no cache holds.
+The bandwidth is measured in the same run, as the rate at which all cores together read arrays larger than the caches.
 """
 
 import dataclasses
+import itertools
 import os
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +19,9 @@ from models.config import TransformerConfig
 from models.policy import build_policy
 from rspo_jax import mesh
 from rspo_jax.router.trace import record_experts
+from rspo_jax.types import Layout
 
-# 108 million parameters, 433 MB in float32: what a step reads comes from memory.
+# 108 million parameters, 433 MB in float32: more than the processor's caches hold.
 WIDE = TransformerConfig(
   vocab_size=512,
   hidden_size=512,
@@ -35,10 +38,10 @@ READ_BYTES = 256 << 20  # per core
 
 
 def decode_bytes(config: TransformerConfig, rows: int, slots: int, experts_read: float) -> float:
-  """Bytes one decode step must read: grouped-query attention, matrices and the whole cache of `slots` slots.
+  """Bytes that one decode step must read: weights in use and the whole cache of `slots` slots.
 
   Args:
-    experts_read: different experts that a layer's rows chose, the mean over layers.
+    experts_read: number of different experts selected by the rows of a layer, the mean over layers.
   """
   c, width = config, jnp.dtype(config.dtype).itemsize
   attention = 2 * c.hidden_size * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
@@ -50,50 +53,58 @@ def decode_bytes(config: TransformerConfig, rows: int, slots: int, experts_read:
 
 
 def decode_speed(rounds: int = 5, devices: int | None = None, rows: tuple[int, ...] = (2, 8, 64)) -> dict[str, Any]:
-  """Decode steps of the wide model for several numbers of rows, by turns with plain reading.
+  """Decode steps of the wide model, alternating with plain reading of memory.
 
+  Args:
+    rows: numbers of rows, each on the default mesh, with a float32 and a bfloat16 cache, and with the experts split
+      over the devices.
   Returns:
-    {"read": bytes per second of plain reading, "rows": [{"rows", "cache", "tokens_per_second", "bytes" of a step,
-    "experts": read per layer, "share": of the limit}]}.
+    {"read": bytes per second of plain reading, "rows": [{"rows", "mesh", "cache", "tokens_per_second", "bytes" of a
+    step, "experts": read per layer, "share": of the limit}]}.
   """
   devices = devices or len(os.sched_getaffinity(0))
   jax.config.update("jax_num_cpu_devices", devices)
-  layout = mesh.make_layout({"expert": -1})
-  params = None
   cases = []
-  for count in rows:
-    for cache_dtype in ("", "bfloat16"):
+  for name, shape, cache_dtypes in (("default", None, ("", "bfloat16")), ("expert", {"expert": -1}, ("",))):
+    layout = mesh.make_layout(shape)
+    weights = _weights(layout)
+    for cache_dtype, count in itertools.product(cache_dtypes, rows):
       config = dataclasses.replace(WIDE, cache_dtype=cache_dtype)
-      policy = build_policy(config, layout)
-      if params is None:
-        params = jax.jit(policy.init, out_shardings=mesh.param_shardings(policy, layout))(jax.random.key(0))
-      call, experts = _decode(policy, params, count, layout)
-      cases.append((config, count, call, experts))
+      cases.append((name, config, count, *_decode(config, weights, count, layout)))
   read = clocked(_reader(devices))
-  calls = [clocked(call) for _, _, call, _ in cases]
+  calls = [clocked(call) for *_, call, _ in cases]
   for call in (read, *calls):
     call()
-  turns = [(read().wall, *(call().wall for call in calls)) for _ in range(rounds)]
-  plain, *seconds = (statistics.median(column) for column in zip(*turns, strict=True))
+  seconds = [(read().wall, *(call().wall for call in calls)) for _ in range(rounds)]
+  plain, *medians = (statistics.median(column) for column in zip(*seconds, strict=True))
   rate = devices * READ_BYTES / plain
-  found = []
-  for (config, count, _, experts), spent in zip(cases, seconds, strict=True):
+  results = []
+  for (name, config, count, _, experts), median in zip(cases, medians, strict=True):
     step = decode_bytes(config, count, SLOTS, experts)
-    found.append(
+    results.append(
       {
         "rows": count,
+        "mesh": name,
         "cache": config.cache_dtype or config.dtype,
-        "tokens_per_second": count * STEPS / spent,
+        "tokens_per_second": count * STEPS / median,
         "bytes": step,
         "experts": experts,
-        "share": step * STEPS / spent / rate,
+        "share": step * STEPS / median / rate,
       }
     )
-  return {"read": rate, "rows": found}
+  return {"read": rate, "rows": results}
 
 
-def _decode(policy, params, rows: int, layout) -> tuple[Any, float]:
-  """A call that takes STEPS steps with a full cache, and how many experts a layer reads at a step."""
+def _weights(layout: Layout) -> Any:
+  """The weights of the wide model as `Policy.decode` takes them; they do not depend on the dtype of the cache."""
+  policy = build_policy(WIDE, layout)
+  params = jax.jit(policy.init, out_shardings=mesh.param_shardings(policy, layout))(jax.random.key(0))
+  return jax.jit(lambda params: policy.for_decode(params, SLOTS))(params)
+
+
+def _decode(config: TransformerConfig, weights: Any, rows: int, layout: Layout) -> tuple[Callable[[], Any], float]:
+  """A call that takes STEPS decode steps with a full cache, and the number of experts that a layer reads per step."""
+  policy = build_policy(config, layout)
   tokens = np.random.default_rng(0).integers(0, policy.vocab_size, (rows, 1)).astype(np.int32)
 
   def run(weights, tokens):
@@ -110,14 +121,13 @@ def _decode(policy, params, rows: int, layout) -> tuple[Any, float]:
 
     return jax.lax.scan(step, (tokens[:, 0], cache), length=STEPS)[1]
 
-  weights = jax.jit(lambda params: policy.for_decode(params, SLOTS))(params)
-  (placed,) = mesh.put_batch((tokens,), layout)
+  (tokens,) = mesh.put_batch((tokens,), layout)
   compiled = jax.jit(run)
-  return lambda: compiled(weights, placed), float(jnp.mean(compiled(weights, placed)))
+  return lambda: compiled(weights, tokens), float(jnp.mean(compiled(weights, tokens)))
 
 
-def _reader(devices: int) -> Any:
-  """A call that reads READ_BYTES on every device at once."""
+def _reader(devices: int) -> Callable[[], Any]:
+  """A call that reads READ_BYTES on every device at the same time."""
   total = jax.jit(jnp.sum)
   arrays = [jax.device_put(jnp.ones(READ_BYTES // 4, jnp.float32), device) for device in jax.local_devices()[:devices]]
   return lambda: [total(array) for array in arrays]

@@ -1,7 +1,7 @@
-"""Floating-point operations a model must do, counted from its sizes: 2 per multiply-add, matrix products only.
+"""Floating-point operations of a model, counted from its sizes: 2 per multiply-add, matrix products only.
 
-Only what the mathematics asks for: the K chosen experts, the keys a causal query may see, every token once. Padding of
-expert blocks, masked scores and recomputation are work of ours and lower the share of peak.
+Counted are the K active experts, the keys that a causal query attends to, and every token once. Padding of expert
+blocks, masked scores and recomputation are overhead: they are not counted and lower the share of peak.
 """
 
 from models.config import TransformerConfig
@@ -19,7 +19,7 @@ def token_flops(config: TransformerConfig) -> int:
 
 
 def score_flops(config: TransformerConfig, keys: int) -> int:
-  """Per query that sees `keys` keys, all layers: scores and the weighted sum of values."""
+  """Per query with `keys` keys, all layers: scores and the weighted sum of values."""
   return 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
 
 
@@ -29,19 +29,19 @@ def unembed_flops(config: TransformerConfig) -> int:
 
 
 def forward(config: TransformerConfig, rows: int, length: int) -> int:
-  """rows x length tokens, logits of all of them."""
+  """rows x length tokens, with the logits of all tokens."""
   per_token = token_flops(config) + unembed_flops(config)
-  seen = sum(range(1, length + 1))
-  return rows * (length * per_token + score_flops(config, seen))
+  keys = sum(range(1, length + 1))
+  return rows * (length * per_token + score_flops(config, keys))
 
 
 def train_step(config: TransformerConfig, rows: int, length: int) -> int:
-  """Forward, and a backward pass of twice its work (the optimizer's work is not counted)."""
+  """The forward pass and a backward pass of twice its work; the optimizer is not counted."""
   return 3 * forward(config, rows, length)
 
 
 def sampling(config: TransformerConfig, rows: int, prompt: int, new: int) -> int:
-  """Prefill and new - 1 decode steps through the layers (the last token drawn is not read), new unembeddings."""
-  read = prompt + new - 1
-  seen = sum(range(1, read + 1))
-  return rows * (read * token_flops(config) + score_flops(config, seen) + new * unembed_flops(config))
+  """Prefill and new - 1 decode steps (the last sampled token is not processed), and `new` unembeddings."""
+  processed = prompt + new - 1
+  keys = sum(range(1, processed + 1))
+  return rows * (processed * token_flops(config) + score_flops(config, keys) + new * unembed_flops(config))

@@ -1,11 +1,10 @@
-"""How fast the expert layer runs, backend by backend, and how near the matrix-product peak of the machine.
+"""Speed of the expert layer with every backend, relative to the matrix-product peak of the machine.
 
   python -m benchmarks.moe [--devices 2] [--repeats 9]
 
-Every figure is the median of repeats in which all backends took turns. GFLOP/s and the share of peak are per CPU
-second, so they hold on a machine that others use too; tokens per second are wall clock. FLOPs are those the
-mathematics asks for: 6 D F per token-expert pair forwards, three times that with gradients (padding and recomputation
-are overhead).
+Every figure is the median of repeats in which all backends alternate. GFLOP/s and the share of peak are per CPU second,
+so they are valid on a machine with other load; tokens per second are per wall-clock second. FLOPs counted: 6 D F per
+token-expert pair in the forward pass, three times that with gradients (padding and recomputation are overhead).
 """
 
 import argparse
@@ -29,7 +28,7 @@ class Size(NamedTuple):
   hidden: int
   experts: int
   k: int
-  layers: int  # in a row, each with its own weights, so that they come from where a model's come from
+  layers: int  # one after the other, each with its own weights, so that weights are read as in a model
   gradients: bool
 
   @property
@@ -45,19 +44,19 @@ SIZES = {
   "wide: 1536 tokens, 512 wide, 32 experts of 256, top 8": Size(1536, 512, 256, 32, 8, 1, False),
   "wide, with gradients": Size(1536, 512, 256, 32, 8, 1, True),
 }
-RAGGED_TOKENS_ON_CPU = 256  # XLA runs ragged_dot as a masked dense product there: minutes and GiBs beyond this
-GATHERED_TOKENS = 64  # it copies K experts a token
+RAGGED_TOKENS_ON_CPU = 256  # XLA runs ragged_dot as a masked dense product on CPUs: minutes and GiBs beyond this
+GATHERED_TOKENS = 64  # copies the weights of K experts per token
 
 
 def make_arrays(size, seed=0):
   """x, expert_index, gate, layers of weights; K distinct experts per token, uniform."""
-  draw = np.random.default_rng(seed)
+  rng = np.random.default_rng(seed)
   e, d, f = size.experts, size.width, size.hidden
 
   def normal(*shape):
-    return jnp.asarray(draw.normal(size=shape) / shape[-2] ** 0.5, jnp.float32)
+    return jnp.asarray(rng.normal(size=shape) / shape[-2] ** 0.5, jnp.float32)
 
-  index = np.argsort(draw.random((size.tokens, e)), axis=1)[:, : size.k]
+  index = np.argsort(rng.random((size.tokens, e)), axis=1)[:, : size.k]
   gate = jnp.full((size.tokens, size.k), 1 / size.k)
   layers = [(normal(e, d, f), normal(e, d, f), normal(e, f, d)) for _ in range(size.layers)]
   return normal(size.tokens, d), jnp.asarray(index, jnp.int32), gate, layers
@@ -70,36 +69,36 @@ def stack(x, expert_index, gate, layers, run):
 
 
 def split_tokens(x, expert_index, gate, weights):
-  """Runs under shard_map, everything but the weights split over "device"."""
+  """Runs under shard_map, all arrays but the weights split over "device"."""
   return run_experts(x, expert_index, gate, weights)
 
 
 def split_experts(x, expert_index, gate, weights):
-  """Runs under shard_map, everything split over "device": tokens travel, weights stay."""
+  """Runs under shard_map, all arrays split over "device": tokens are gathered, outputs reduce-scattered."""
   x, expert_index, gate = jax.lax.all_gather((x, expert_index, gate), "device", tiled=True)
   first = jax.lax.axis_index("device") * weights[0].shape[0]
   return jax.lax.psum_scatter(run_experts(x, expert_index - first, gate, weights), "device", tiled=True)
 
 
-def ways(size):
-  """Name -> function of `make_arrays`' arrays."""
+def functions(size):
+  """Name -> function of the arrays of `make_arrays`."""
   platform = jax.default_backend()
   backends = ["dense", "ragged", "blocks", "gathered"]
   if platform == "cpu" and size.tokens > RAGGED_TOKENS_ON_CPU:
     backends.remove("ragged")
   if size.tokens > GATHERED_TOKENS:
     backends.remove("gathered")
-  found = {name: partial(stack, run=partial(run_experts, backend=name)) for name in backends}
+  by_name = {name: partial(stack, run=partial(run_experts, backend=name)) for name in backends}
   if size.gradients:
-    return {name: jax.value_and_grad(partial(project, run=run), argnums=(0, 2, 3)) for name, run in found.items()}
+    return {name: jax.value_and_grad(partial(project, run=run), argnums=(0, 2, 3)) for name, run in by_name.items()}
   if jax.device_count() > 1:
     mesh = Mesh(np.array(jax.devices()), ("device",))
     rows = PartitionSpec("device")
     for run, weights in ((split_tokens, PartitionSpec()), (split_experts, rows)):
-      found[f"auto, {run.__name__.replace('_', ' ')}"] = jax.shard_map(
+      by_name[f"auto, {run.__name__.replace('_', ' ')}"] = jax.shard_map(
         partial(stack, run=run), mesh=mesh, in_specs=(rows, rows, rows, weights), out_specs=rows, check_vma=False
       )
-  return found
+  return by_name
 
 
 def project(*arrays, run):
@@ -109,20 +108,22 @@ def project(*arrays, run):
 def report(title, size, repeats, peak):
   arrays = make_arrays(size)
   calls, compile_seconds = {}, {}
-  for name, way in ways(size).items():
-    began = time.perf_counter()
-    # A mesh wants its arrays placed once, before the clock runs.
-    run = jax.jit(way).lower(*arrays).compile()
-    compile_seconds[name] = time.perf_counter() - began
+  for name, function in functions(size).items():
+    start = time.perf_counter()
+    run = jax.jit(function).lower(*arrays).compile()
+    compile_seconds[name] = time.perf_counter() - start
+    # Arrays are put on the mesh once, before the timing.
     placed = jax.device_put(arrays, run.input_shardings[0])
     calls[name] = clocked(partial(run, *placed))
   for call in calls.values():
     call()
-  turns = [{name: call() for name, call in calls.items()} for _ in range(repeats)]
+  rounds = [{name: call() for name, call in calls.items()} for _ in range(repeats)]
   print(f"\n{title}")
-  print(f"  {'way':24s} {'tokens/s':>10s} {'ms':>9s} {'CPU ms':>9s} {'GFLOP/s':>8s} {'of peak':>8s} {'compile s':>9s}")
+  print(
+    f"  {'backend':24s} {'tokens/s':>10s} {'ms':>9s} {'CPU ms':>9s} {'GFLOP/s':>8s} {'of peak':>8s} {'compile s':>9s}"
+  )
   for name in calls:
-    timing = Timing(tuple(turn[name] for turn in turns))
+    timing = Timing(tuple(runs[name] for runs in rounds))
     wall, cpu = timing.median("wall"), timing.median("cpu")
     rate = size.flops / cpu / 1e9
     print(

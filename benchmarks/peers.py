@@ -1,6 +1,6 @@
-"""The same work done by transformers on torch, in every setting that could be its fastest (extra: [parity]).
+"""The same work done by transformers on torch, in all settings that may be its fastest (needs the extra `parity`).
 
-`python -m benchmarks.peers` times all of them, one subprocess each, and prints which is the fastest.
+`python -m benchmarks.peers` times all of them, each in a worker process, and prints the fastest.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def _model(experts: str, attention: str, threads: int) -> Any:
   torch.manual_seed(0)
   config = Qwen3MoeConfig(**TINY, attn_implementation=attention, experts_implementation=experts)
   model = Qwen3MoeForCausalLM(config)
-  # Without a stop token nothing can end early, so no time goes into checking for one.
+  # Without a stop token no row can end early, and transformers skips the check.
   model.generation_config.eos_token_id = None
   model.generation_config.pad_token_id = 0
   return model
@@ -38,9 +38,9 @@ def sampling(
   """64 prompts of 32 tokens, 64 new tokens each, temperature 1, no truncation, `generate` with a KV cache.
 
   Args:
-    experts: "eager", "grouped_mm" or "batched_mm", transformers' ways to run the experts.
-    attention: "sdpa" or "eager". cache: "dynamic" or "static". compiled: torch.compile the forward (needs a static
-      cache to keep its shapes). threads: torch's intra-op threads.
+    experts: "eager", "grouped_mm" or "batched_mm", transformers' implementations of the experts.
+    attention: "sdpa" or "eager". cache: "dynamic" or "static". compiled: torch.compile the forward pass (needs the
+      fixed shapes of a static cache). threads: torch's intra-op threads.
   """
   import torch
 
@@ -64,14 +64,14 @@ def sampling(
         use_cache=True,
       )
 
-  drawn = call()
-  if drawn.shape != (PROMPTS, PROMPT_TOKENS + NEW_TOKENS):
-    raise RuntimeError(f"generate returned {tuple(drawn.shape)}; it must draw all {NEW_TOKENS} tokens of every row.")
+  shape = tuple(call().shape)
+  if shape != (PROMPTS, PROMPT_TOKENS + NEW_TOKENS):
+    raise RuntimeError(f"generate returned tokens of shape {shape}; want {(PROMPTS, PROMPT_TOKENS + NEW_TOKENS)}.")
   return Case(call, PROMPTS * NEW_TOKENS, {})
 
 
 def _token_log_prob(model: Any, tokens: Any, valid: Any) -> Any:
-  """[B, T-1] log-probabilities of tokens[:, 1:], without holding a second [B, T, V]."""
+  """[B, T-1] log-probabilities of tokens[:, 1:], without a second array [B, T, V]."""
   import torch
 
   logits = model(tokens, attention_mask=valid, use_cache=False).logits[:, :-1]
@@ -89,7 +89,7 @@ def train_step(experts: str = "grouped_mm", attention: str = "sdpa", compiled: b
   actions = torch.zeros(ROWS, ROW_TOKENS - 1)
   actions[:, PROMPT_TOKENS - 1 :] = 1
   advantage = torch.randn(ROWS, 1)
-  # Settings users would choose on a CPU: one fused kernel instead of a Python loop over parameters.
+  # The setting that users choose on a CPU: one fused kernel instead of a Python loop over parameters.
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
   log_prob = torch.compile(_token_log_prob) if compiled else _token_log_prob
   with torch.no_grad():
@@ -129,7 +129,7 @@ EXPERTS = ("eager", "grouped_mm", "batched_mm")
 
 
 def all_settings(case: str) -> list[dict[str, Any]]:
-  """Every setting there is for a case: minutes to try, batched_mm a hundred times slower than the rest."""
+  """All settings of a case; trying them takes minutes, as batched_mm is a hundred times slower than the others."""
   caches = ("dynamic", "static") if case == "sampling" else (None,)
   return [
     {
@@ -144,12 +144,12 @@ def all_settings(case: str) -> list[dict[str, Any]]:
     for compiled in (False, True)
     for cache in caches
     for experts in EXPERTS
-    if cache != "dynamic" or not compiled  # every step of a growing cache would compile again
+    if cache != "dynamic" or not compiled  # a growing cache would compile every step
   ]
 
 
 def likely_settings(case: str) -> list[dict[str, Any]]:
-  """The settings that were within reach of the fastest when all were tried (BENCHMARKS.md)."""
+  """The settings that were close to the fastest when all were tried."""
   if case == "sampling":
     return [
       {"experts": "grouped_mm", "attention": "sdpa", "cache": "dynamic"},
@@ -167,13 +167,12 @@ def likely_settings(case: str) -> list[dict[str, Any]]:
 
 
 def start(case: str, setting: Mapping[str, Any]) -> Worker:
-  """A worker that holds `case` in this setting, warm.
+  """A worker that holds `case` in this setting.
 
   Args:
-    setting: arguments of the case, and "wait": "passive" (the default here) lets torch's OpenMP threads sleep while
-      they wait for each other, "active" (OpenMP's own default) lets them spin. Alone on the machine spinning is up to
-      1.7 times faster; beside other work it made the same call ten times slower, and the peer would lose to its
-      neighbours and not to us. So comparisons run both.
+    setting: arguments of the case, and "wait": with "passive" (the default here) torch's OpenMP threads sleep while
+      they wait for each other, with "active" (OpenMP's default) they spin. On an idle machine spinning is up to 1.7
+      times faster; with other load it made the same call ten times slower. So comparisons run both.
   """
   setting = dict(setting)
   threads = str(setting.get("threads", 2))
@@ -188,12 +187,12 @@ def name_of(setting: Mapping[str, Any]) -> str:
 
 
 def trial(case: str, settings: Iterable[Mapping[str, Any]], *, log: Any = sys.stderr, **options: Any) -> dict[str, Any]:
-  """Times settings of a case by turns, prints each, and returns the one whose fastest repeat is the fastest.
+  """Times settings of a case, alternating, prints each, and returns the one with the fastest single repeat.
 
-  The fastest repeat, so that no setting loses for having met other work on the machine. options: as in `by_turns`.
+  The fastest repeat is the one least disturbed by other load. options: as in `by_turns`.
   """
   workers: dict[str, Worker] = {}
-  tried: dict[str, dict[str, Any]] = {}
+  working: dict[str, dict[str, Any]] = {}
   with contextlib.ExitStack() as stack:
     for setting in map(dict, settings):
       try:
@@ -202,26 +201,26 @@ def trial(case: str, settings: Iterable[Mapping[str, Any]], *, log: Any = sys.st
       except RuntimeError as error:
         print(f"{case}: transformers with {name_of(setting)} does not run here: {error}", file=log, flush=True)
       else:
-        workers[name_of(setting)], tried[name_of(setting)] = worker, setting
+        workers[name_of(setting)], working[name_of(setting)] = worker, setting
     if not workers:
-      raise RuntimeError(f"transformers ran {case} in none of its settings; see the tracebacks above.")
+      raise RuntimeError(f"transformers runs {case} in none of its settings; see the tracebacks above.")
     timings = dict(zip(workers, by_turns(list(workers.values()), **options), strict=True))
   for name, timing in timings.items():
     rate, cpu = timing.rate(workers[name].tokens), timing.median("cpu")
     print(f"{case}: transformers with {name}: {rate}, {cpu:.2f} CPU seconds", file=log, flush=True)
-  return tried[min(timings, key=lambda name: timings[name].best())]
+  return working[min(timings, key=lambda name: timings[name].best())]
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description="Times every setting of transformers, a few at a time.")
+  parser = argparse.ArgumentParser(description="Times every setting of transformers, three together.")
   parser.add_argument("--only", default=",".join(CASES), help=f"comma-separated: {','.join(CASES)}")
   parser.add_argument("--repeats", type=int, default=5)
   options = parser.parse_args()
   for case in options.only.split(","):
     settings = [{**setting, "wait": "active"} for setting in all_settings(case)]
-    how = {"repeats": options.repeats, "log": sys.stdout}
-    best = [trial(case, settings[first : first + 3], **how) for first in range(0, len(settings), 3)]
-    print(f"{case}: fastest: {name_of(trial(case, best, **how))}", flush=True)
+    keywords = {"repeats": options.repeats, "log": sys.stdout}
+    best = [trial(case, settings[first : first + 3], **keywords) for first in range(0, len(settings), 3)]
+    print(f"{case}: fastest: {name_of(trial(case, best, **keywords))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The one workload of all comparisons: a tiny Qwen3-MoE in Hugging Face's names, and how many tokens go through it."""
+"""The workload of all comparisons: a tiny Qwen3-MoE in Hugging Face's names, and the numbers of rows and tokens."""
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 64, 32, 64
 ROWS, ROW_TOKENS = PROMPTS, PROMPT_TOKENS + NEW_TOKENS

@@ -1,7 +1,7 @@
-"""How things are timed here: warm-up, repeats, wall and CPU seconds, and two things compared by turns in one run.
+"""Timing of calls: warm-up, repeats, wall and CPU seconds, and calls that alternate within one run.
 
-Other work on the machine moves every figure by tens of percent from minute to minute, so a comparison is only made
-between things that took turns (A B A B ...), and is reported as a ratio with the spread of the single pairs.
+Other processes on the machine change every figure by tens of percent from minute to minute. So only calls that
+alternate (A B A B ...) are compared, and the result is a ratio with the spread over the pairs.
 """
 
 import os
@@ -14,8 +14,12 @@ from typing import Any, NamedTuple
 
 
 class Run(NamedTuple):
-  """One repeat. wall: seconds on the clock. cpu: seconds of all the process's threads together. foreign: CPU seconds
-  that all others took meanwhile, other guests of the host included (Linux; 0 elsewhere)."""
+  """One repeat.
+
+  Attributes:
+    wall: seconds. cpu: CPU seconds, the sum over the threads of the process.
+    foreign: CPU seconds used by other processes in the meantime, and by other guests of the host (Linux; 0 elsewhere).
+  """
 
   wall: float
   cpu: float
@@ -23,12 +27,12 @@ class Run(NamedTuple):
 
   @property
   def disturbance(self) -> float:
-    """Share of the machine that others had, 0 to 1."""
+    """Share of the machine used by others, 0 to 1."""
     return self.foreign / (self.wall * (os.cpu_count() or 1))
 
 
 def _busy() -> float | None:
-  """CPU seconds the whole machine has been busy or was not given, or None where the kernel does not tell."""
+  """CPU seconds since boot that the machine was busy or taken by other guests; None if the kernel does not tell."""
   try:
     with open("/proc/stat") as stat:
       user, nice, system, _, _, irq, softirq, steal = (int(x) for x in stat.readline().split()[1:9])
@@ -38,7 +42,7 @@ def _busy() -> float | None:
 
 
 class Timing(NamedTuple):
-  """All repeats of one thing, in the order they ran."""
+  """All repeats of one call, in the order they ran."""
 
   runs: tuple[Run, ...]
 
@@ -52,19 +56,19 @@ class Timing(NamedTuple):
     return max(getattr(run, field) for run in self.runs)
 
   def rate(self, tokens: int) -> str:
-    """Tokens per second: the median repeat, then the slowest and the fastest."""
+    """Tokens per second as text: the median repeat, and in brackets the slowest and the fastest."""
     slow, fast = tokens / self.worst(), tokens / self.best()
     return f"{tokens / self.median():.0f} tok/s ({slow:.0f} to {fast:.0f})"
 
 
 class Paired(NamedTuple):
-  """Two things that took turns; repeat i of one ran right beside repeat i of the other."""
+  """Two alternating calls; repeat i of one ran next to repeat i of the other."""
 
   first: Timing
   second: Timing
 
   def ratio(self, field: str = "wall") -> float:
-    """How many times longer the first takes: ratio of the medians."""
+    """Time of the first relative to the second: the ratio of the medians."""
     return self.first.median(field) / self.second.median(field)
 
   def quartiles(self, field: str = "wall") -> tuple[float, float]:
@@ -78,26 +82,26 @@ class Paired(NamedTuple):
 
 
 def block(value: Any) -> Any:
-  """Waits for every JAX array in `value`; leaves a process that never imported JAX alone."""
+  """Waits for every JAX array in `value`; does nothing in a process that has not imported JAX."""
   jax = sys.modules.get("jax")
   return jax.block_until_ready(value) if jax is not None else value
 
 
 def clocked(call: Callable[[], Any]) -> Callable[[], Run]:
-  """A callable that runs `call` to its end, device work included, and says how long that took."""
+  """A callable that runs `call`, waits for its device work, and returns the time it took."""
 
   def run() -> Run:
     busy, wall, cpu = _busy(), time.perf_counter(), time.process_time()
     block(call())
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    # The kernel counts in ticks of 10 ms, so a quiet machine can come out a tick below zero.
+    # The kernel counts in ticks of 10 ms, so the difference can be slightly negative on a quiet machine.
     return Run(wall, cpu, 0.0 if busy is None else max(0.0, _busy() - busy - cpu))
 
   return run
 
 
 def measure(run: Callable[[], Run], *, warmup: int = 1, repeats: int = 5) -> Timing:
-  """Runs something `warmup` times unrecorded, then `repeats` times. `run` is a `clocked` callable or a worker."""
+  """`repeats` runs after `warmup` runs that are not recorded. run: a `clocked` callable or a worker."""
   for _ in range(warmup):
     run()
   return Timing(tuple(run() for _ in range(repeats)))
@@ -112,17 +116,18 @@ def by_turns(
   quiet: float = 0.05,
   pause: float = 0.2,
 ) -> tuple[Timing, ...]:
-  """Runs several things in rounds, every round in another order so that none always runs on the warmest cache.
+  """Runs several calls in rounds, in rotating order, so that no call always follows the same one.
 
   Args:
     calls: `clocked` callables or workers.
-    repeats: rounds wanted. attempts: rounds run at most, at least `repeats` (the default).
-    quiet: a round counts as undisturbed if others had at most this share of the machine in each of its repeats.
-    pause: seconds of rest before every repeat: OpenMP threads keep spinning for a while after their work is done,
-      and would spin into the next one's turn.
+    repeats: number of undisturbed rounds to collect. attempts: maximal number of rounds; at least `repeats`, the
+      default.
+    quiet: a round is undisturbed if others used at most this share of the machine in each of its repeats.
+    pause: seconds before every repeat: OpenMP threads continue to spin for a while after their work is done, and would
+      disturb the next call.
   Returns:
-    A `Timing` for each call, of the `repeats` least disturbed rounds, in the order they ran. Choosing by what others
-    did, never by the result, favours nobody.
+    A `Timing` for each call, of the `repeats` least disturbed rounds, in the order they ran. The selection depends only
+    on the load by other processes, so it favours no call.
   """
   for call in calls:
     for _ in range(warmup):
@@ -131,19 +136,19 @@ def by_turns(
   for number in range(max(repeats, attempts or 0)):
     runs: dict[int, Run] = {}
     for turn in range(len(calls)):
-      which = (turn + number) % len(calls)
+      index = (turn + number) % len(calls)
       time.sleep(pause)
-      runs[which] = calls[which]()
-    rounds.append([runs[which] for which in range(len(calls))])
+      runs[index] = calls[index]()
+    rounds.append([runs[index] for index in range(len(calls))])
     if sum(_disturbance(runs) <= quiet for runs in rounds) >= repeats:
       break
-  worst_kept = sorted(map(_disturbance, rounds))[repeats - 1]
-  kept = [runs for runs in rounds if _disturbance(runs) <= worst_kept][:repeats]
-  return tuple(Timing(runs) for runs in zip(*kept, strict=True))
+  limit = sorted(map(_disturbance, rounds))[repeats - 1]
+  selected = [runs for runs in rounds if _disturbance(runs) <= limit][:repeats]
+  return tuple(Timing(runs) for runs in zip(*selected, strict=True))
 
 
 def paired(first: Callable[[], Run], second: Callable[[], Run], **options: Any) -> Paired:
-  """Two things by turns; options as in `by_turns`."""
+  """Two calls, alternating; options as in `by_turns`."""
   return Paired(*by_turns((first, second), **options))
 
 
@@ -152,9 +157,9 @@ def _disturbance(runs: Sequence[Run]) -> float:
 
 
 def matmul_work(size: int = 2048) -> tuple[Callable[[], Any], int]:
-  """(a callable, its floating-point operations): float32 products [size, size], one on every JAX device at once.
+  """(a callable, its floating-point operations): one float32 product [size, size] on every JAX device in parallel.
 
-  With a single CPU device XLA spreads the one product over all cores; with one device per core each core does its own.
+  With a single CPU device XLA distributes the product over all cores; with one device per core every core computes one.
   """
   import jax
   import jax.numpy as jnp
@@ -168,15 +173,12 @@ def matmul_work(size: int = 2048) -> tuple[Callable[[], Any], int]:
 
 
 def matmul_peak(size: int = 2048, repeats: int = 7) -> float:
-  """GFLOP/s of float32 matrix products through XLA on all cores.
-
-  The fastest of the repeats: a peak is what the machine can do when left alone.
-  """
+  """GFLOP/s of float32 matrix products through XLA on all cores, of the fastest (least disturbed) repeat."""
   call, work = matmul_work(size)
   return work / measure(clocked(call), warmup=2, repeats=repeats).best() / 1e9
 
 
 def peak_memory() -> float:
-  """MiB: the largest resident size this process has had so far."""
+  """MiB: the largest resident size of this process so far."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

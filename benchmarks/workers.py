@@ -1,8 +1,8 @@
-"""Subprocesses that hold one thing to be timed, ready and warm, and run it once each time they are told to.
+"""Worker processes: each holds one call to be timed, compiled and warm, and runs it once per request.
 
-Why processes: OpenMP reads its way of waiting and JAX its number of CPU devices once per process, peak memory belongs
-to a process, and a library's user runs it without the other one beside it. Alternating torch and JAX within one process
-gave the same times (BENCHMARKS.md), so the turns themselves cost neither anything.
+Processes, because OpenMP reads its wait policy and JAX its number of CPU devices once per process, because peak memory
+is measured per process, and because users run only one of the libraries. Alternating torch and JAX within one process
+gave the same times.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from experiments.setup.allocator import keep_freed_memory
 
 
 class Case(NamedTuple):
-  """One thing to time. call: does the whole work once. tokens: how many tokens that is. facts: for the report."""
+  """A call to be timed. call: does the whole work once. tokens: per call. facts: values for the report, as in JSON."""
 
   call: Callable[[], Any]
   tokens: int
@@ -26,18 +26,20 @@ class Case(NamedTuple):
 
 
 class Worker:
-  """A running subprocess with one `Case`. Calling it runs the case once and returns the child's own `Run`.
+  """A running subprocess with one `Case`. Calling it runs the case once and returns the `Run` measured there.
 
   Attributes:
-    tokens: tokens per call. facts: what the case said about itself.
+    tokens: tokens per call. facts: of the case.
   """
 
   def __init__(self, target: str, settings: Mapping[str, Any], env: Mapping[str, str] | None = None):
-    """Starts `target` ("module:function", a function of keyword arguments that returns a `Case`,
-    or for `report` a dict) and waits for it.
+    """Starts `target` and waits until it is ready.
 
+    Args:
+      target: "module:function", a function of keyword arguments that returns a `Case`, or for `report` a dict.
+      settings: its arguments, as in JSON. env: environment variables in addition to those of this process.
     Raises:
-      RuntimeError: the child ended before it was ready; its own traceback is on stderr.
+      RuntimeError: the child ended before it was ready; its traceback is on stderr.
     """
     self._name = f"{target} {json.dumps(settings)}"
     command = [sys.executable, "-m", "benchmarks.workers", target, json.dumps(dict(settings))]
@@ -54,8 +56,8 @@ class Worker:
       raise RuntimeError(f"the benchmark worker {self._name} ended with status {self._child.wait()}.")
     return json.loads(line)
 
-  def _ask(self, what: str) -> dict[str, Any]:
-    self._child.stdin.write(what + "\n")
+  def _ask(self, request: str) -> dict[str, Any]:
+    self._child.stdin.write(request + "\n")
     self._child.stdin.flush()
     return self._answer()
 
@@ -63,7 +65,7 @@ class Worker:
     return Run(**self._ask("run"))
 
   def peak_memory(self) -> float:
-    """MiB: the child's largest resident size so far."""
+    """MiB: the largest resident size of the child so far."""
     return self._ask("memory")["mib"]
 
   def close(self) -> None:
@@ -79,17 +81,17 @@ class Worker:
 
 
 def report(target: str, settings: Mapping[str, Any], env: Mapping[str, str] | None = None) -> dict[str, Any]:
-  """What a function that returns a plain dict found out, in a fresh process of its own.
+  """The dict that a function returns, called in a new process; arguments as for `Worker`.
 
   Raises:
-    RuntimeError: the child failed; its own traceback is on stderr.
+    RuntimeError: the child failed; its traceback is on stderr.
   """
   with Worker(target, settings, env) as worker:
     return worker.facts
 
 
 def _serve(target: str, settings: str) -> None:
-  # Libraries print to stdout as they please: keep the real one for answers and send the rest to stderr.
+  # Libraries may print to stdout: keep a copy of it for answers and redirect the rest to stderr.
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)
 
@@ -97,7 +99,7 @@ def _serve(target: str, settings: str) -> None:
     answers.write(json.dumps(message) + "\n")
     answers.flush()
 
-  keep_freed_memory()  # as the main job does, for both sides of every comparison
+  keep_freed_memory()  # as the training command does; for both sides of every comparison
   module, function = target.split(":")
   case = getattr(importlib.import_module(module), function)(**json.loads(settings))
   if isinstance(case, dict):
