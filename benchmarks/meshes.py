@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from benchmarks import ours
 from benchmarks.timing import by_turns, clocked
 from experiments.configs.countdown_tiny import get_config
-from experiments.setup.build import build, build_collector, build_update
+from experiments.setup.build import build, build_collector, build_update, optimizers
 from experiments.setup.config_flags import read_config
-from experiments.setup.optimizer import optimizers
 from rspo_jax.rl_step import update
 from rspo_jax.training.state import init_state
 

@@ -91,7 +91,7 @@ def functions(size):
   by_name = {name: partial(stack, run=partial(run_experts, backend=name)) for name in backends}
   if size.gradients:
     return {name: jax.value_and_grad(partial(project, run=run), argnums=(0, 2, 3)) for name, run in by_name.items()}
-  if jax.device_count() > 1:
+  if jax.device_count() > 1 and size.tokens % jax.device_count() == 0:
     mesh = Mesh(np.array(jax.devices()), ("device",))
     rows = PartitionSpec("device")
     for run, weights in ((split_tokens, PartitionSpec()), (split_experts, rows)):
