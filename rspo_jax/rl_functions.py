@@ -102,7 +102,10 @@ def compile_update(
 
   @by_rows
   def score_minibatch(params, part: Rollout):
-    return score(policy, params, part.tokens, part.valid, expert_index=part.expert_index, **trace, **sizes)
+    replayed = part.expert_index if update.replay == "sampler" else None
+    if update.replay == "sampler" and replayed is None:
+      raise ValueError("replay is 'sampler', but the rollout has no experts; set SamplingOptions.record_experts.")
+    return score(policy, params, part.tokens, part.valid, expert_index=replayed, **trace, **sizes)
 
   @by_rows
   def score_reference(params, part: Rollout):

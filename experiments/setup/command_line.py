@@ -7,7 +7,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments.setup.config_flags import RENAMED
+from experiments.setup.config_flags import renamed_key
 from rspo_jax.rollout.remote_engine import EngineError
 
 
@@ -49,8 +49,8 @@ def parse_flags(argv: list[str]) -> list[str]:
   except (AttributeError, KeyError, TypeError, OSError) as error:
     given = [arg for arg in argv if arg.startswith(("--config", "-config"))]
     for arg in given:
-      old = re.match(r"-*config\.([\w.]+)", arg)
-      if old and old[1] in RENAMED:
-        sys.exit(f"error: config.{old[1]} is now config.{RENAMED[old[1]]}.")
+      key = re.match(r"-*config\.([\w.]+)", arg)
+      if key and (new := renamed_key(key[1])):
+        sys.exit(f"error: config.{key[1]} is now config.{new}.")
     reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split()).strip("\"'")
     sys.exit(f"error: no such setting or file in {' '.join(given)} ({reason})")

@@ -113,14 +113,21 @@ def read_model_config(given: Mapping[str, Any]) -> TransformerConfig:
   return _build(TransformerConfig, given, "model")
 
 
+def renamed_key(old: str) -> str:
+  """Today's name of a key of an earlier version, without "config."; '' if it never was a key."""
+  if old in RENAMED:
+    return RENAMED[old]
+  group, dot, name = old.rpartition(".")
+  return f"{renamed_key(group)}.{name}" if dot and renamed_key(group) else ""
+
+
 def unknown_key(key: str, value: Any, group: str, known: typing.Iterable[str]) -> str:
   """The message for a key that does not exist in a group such as "config.rl"."""
   dotted = f"{group}.{key}".removeprefix("config.")
   # Of a whole group that is gone, its first key.
-  old = [dotted, *(f"{dotted}.{name}" for name in (value if isinstance(value, Mapping) else ()))]
-  for name in old:
-    if name in RENAMED:
-      return f"config.{name} is now config.{RENAMED[name]}."
+  for old in [dotted, *(f"{dotted}.{name}" for name in (value if isinstance(value, Mapping) else ()))]:
+    if new := renamed_key(old):
+      return f"config.{old} is now config.{new}."
   return f"{group}.{key} is unknown; {near(key, known).replace('did you mean ', f'did you mean {group}.')}"
 
 

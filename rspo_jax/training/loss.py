@@ -86,11 +86,8 @@ class UpdateOptions:
     ):
       if getattr(self, name) not in known:
         raise ValueError(f"{name} is {getattr(self, name)!r}; want one of {known}.")
-    if self.aggregation == "seq_mean_token_sum_norm" and not (self.norm_length and self.norm_length > 0):
-      raise ValueError(
-        f"norm_length is {self.norm_length}, but 'seq_mean_token_sum_norm' divides by it; want the largest number of "
-        "new tokens a completion may have."
-      )
+    if self.norm_length is not None and self.norm_length < 1:
+      raise ValueError(f"norm_length is {self.norm_length}; want 1 or more tokens.")
     if self.microbatches < 1 or self.logits_chunk < 1:
       raise ValueError(f"microbatches is {self.microbatches} and logits_chunk {self.logits_chunk}; want both >= 1.")
 
@@ -137,8 +134,15 @@ def make_loss(policy: Policy, options: UpdateOptions) -> Callable[..., tuple[Arr
   """The loss of one microbatch: (params, batch, Normalisers) -> (loss [], LossAux).
 
   The losses of all microbatches, and their gradients, add up to those of the minibatch.
+
+  Raises:
+    ValueError: "seq_mean_token_sum_norm" without a norm_length.
   """
   objective, mode = options.objective, options.aggregation or DEFAULT_AGGREGATION
+  if mode == "seq_mean_token_sum_norm" and options.norm_length is None:
+    raise ValueError(
+      f"norm_length is None, but {mode!r} divides by it; want the largest number of new tokens a completion may have."
+    )
   if options.shift is not None:
     objective = functools.partial(objective, placement=options.shift.placement)
 

@@ -10,7 +10,7 @@ from experiments.configs import countdown_tiny
 from experiments.setup import runtime
 from experiments.setup.build import advantage_options, build, update_options
 from experiments.setup.checks import check_divides
-from experiments.setup.config_flags import RENAMED, config_dict, plain_config, read_config
+from experiments.setup.config_flags import RENAMED, config_dict, plain_config, read_config, renamed_key
 from experiments.setup.optimizer import make_optimizer
 from rspo_jax.objectives.mismatch import MismatchOptions
 from rspo_jax.objectives.table import OBJECTIVES
@@ -104,6 +104,16 @@ def test_every_key_of_earlier_versions_is_answered_with_a_key_that_exists(old):
       read_config(given)
   for path in re.findall(r"now config\.([\w.]+\w)", str(raised.value)):
     resolve(path)
+
+
+def test_a_key_inside_a_renamed_group_is_answered_too():
+  assert renamed_key("rl.optimizer.learning_rate") == "optimizer.learning_rate"
+  assert renamed_key("rl.steps") == "steps" and renamed_key("rl.minibatches") == "" == renamed_key("seed")
+
+
+def test_the_norm_length_is_the_longest_completion_by_default():
+  config = read_config(changed(loss__aggregation="seq_mean_token_sum_norm"))
+  assert update_options(config).norm_length == config.sampling.max_new_tokens
 
 
 def test_missing_keys_are_named():

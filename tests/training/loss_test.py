@@ -191,9 +191,10 @@ def test_no_aggregation_is_the_mean_over_rows_of_the_mean_over_tokens():
     {"replay": "r2"},
     {"kl_estimator": "k4"},
     {"aggregation": "seq_mean_token_sum_norm"},
+    {"aggregation": "seq_mean_token_sum_norm", "norm_length": 0},
     {"microbatches": 0},
   ],
 )
 def test_impossible_options_are_refused(wrong):
   with pytest.raises(ValueError, match="want"):
-    UpdateOptions(**wrong)
+    make_loss(tiny.policy_and_params()[0], UpdateOptions(**wrong))
