@@ -1,13 +1,13 @@
-"""The main job: warm start, then RL with router shift, with held-out evaluation before and after.
+"""Trains a policy: warm start, then RL with router shift, with held-out evaluation before and after RL.
 
     python -m experiments.train --config=experiments/configs/countdown_tiny.py --workdir=runs/countdown_tiny
 
-The same command continues a run that was stopped, from its newest checkpoint and to the same numbers.
+The same command continues a run that was stopped, from its newest checkpoint, with the same results.
 """
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +39,30 @@ from rspo_jax.run.workdir import claim_workdir, dump_json_atomic
 from rspo_jax.training.state import abstract_state, restart_optimizer
 from rspo_jax.types import Params, TrainState
 
-# What may change between starts of one run: where and how often it writes, not what it computes.
+# Keys that may change between starts of a run: where and how often it reads and writes, not what it computes.
 FREE_KEYS = (
   "checkpoint",
   "runtime.compilation_cache",
   "data.data_dir",
-  *(f"engine.{name}" for name in ("urls", "folder", "timeout")),
+  "engine.urls",
+  "engine.folder",
+  "engine.timeout",
 )
 
 
+TakeStep = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
+
+
 class Stopped(Exception):
-  """SIGTERM was received; everything is saved."""
+  """SIGTERM was received, and the state is saved."""
 
 
 class Run:
-  """The state that a run carries through its phases, and its one way of saving it.
+  """The state of a run through its phases, its checkpoints and its metrics.
 
   Attributes:
-    state: the train state. seconds: wall time spent per phase, over all starts of the run.
+    state: the train state; None before it is initialised or restored.
+    seconds: wall time by phase, over all starts of the run.
   """
 
   def __init__(self, components: Components, collector: Collector, workdir: Path, progress: Progress):
@@ -70,16 +76,19 @@ class Run:
     self.seconds: dict[str, float] = {}
 
   def save(self, phase: str, step: int, metrics: Mapping[str, float] | None = None) -> None:
-    done = step + (self.config.warm_start.steps if phase == "rl" else 0)
+    """Starts to save a checkpoint after `step` steps of a phase; metrics: of an evaluation, which rank checkpoints."""
+    number = step + (self.config.warm_start.steps if phase == "rl" else 0)
     meta = {"phase": phase, "step": step, "data_position": step, "seed": self.config.seed, "seconds": self.seconds}
     tree, size = bundle(self.state, self.collector.state(), self.components.layout)
-    self.checkpoints.save(done, tree, meta | size, metrics)
+    self.checkpoints.save(number, tree, meta | size, metrics)
 
   def restore(self, abstract_states: Mapping[str, TrainState]) -> tuple[str, int]:
-    """The phase and the steps done of it; ('', 0) for a new run. Drops metrics written after the checkpoint.
+    """Restores the newest checkpoint, if there is one, and drops the metrics that were written after it.
 
     Args:
-      abstract_states: per phase; optimizer states differ where RL freezes parameters.
+      abstract_states: by phase. Optimizer states differ between phases, because they may freeze different parameters.
+    Returns:
+      The phase and the number of its steps that are done; ("", 0) for a new run.
     """
     restored = self.checkpoints.restore(
       lambda meta: abstract_bundle(abstract_states[meta["phase"]], meta, self.components.layout)
@@ -96,28 +105,41 @@ class Run:
     return phase, step
 
   def reference(self, done: int) -> Params | None:
-    """The parameters at the beginning of RL, for a KL term of the config; stored beside the checkpoints.
+    """The parameters of the reference policy, those at the start of RL; None if the config has no KL term.
+
+    They are stored in the folder "reference" of the workdir.
 
     Args:
-      done: RL steps taken; at 0 these are the present parameters.
+      done: number of RL steps done. If it is 0, the current parameters become the reference.
+    Raises:
+      ValueError: RL has started, but the folder is missing.
     """
     if not (self.config.loss.kl_coefficient or self.config.rl.reward_kl_coefficient):
       return None
-    with Checkpoints(self.workdir / "reference", keep=1) as kept:
+    with Checkpoints(self.workdir / "reference", keep=1) as checkpoints:
       if done == 0:
-        kept.save(0, self.state.params, {})
-        kept.wait()
+        checkpoints.save(0, self.state.params, {})
+        checkpoints.wait()
         return jax.tree.map(jnp.copy, self.state.params)
-      restored = kept.restore(self.state.params)
+      restored = checkpoints.restore(self.state.params)
     if restored is None:
       raise ValueError(
-        f"{self.workdir / 'reference'} is missing, and with it the policy at the beginning of RL; start again in a new "
+        f"{self.workdir / 'reference'}, which held the policy at the start of RL, is missing; start again in a new "
         "workdir."
       )
     return restored.state
 
-  def phase(self, name: str, step, done: int, total: int, evaluate_every: int = 0) -> None:
-    """Takes the remaining steps of a phase, with evaluations and checkpoints in between."""
+  def take_steps(self, name: str, step: TakeStep, done: int, total: int, evaluate_every: int = 0) -> None:
+    """Takes the remaining steps of a phase, with evaluations and checkpoints between them.
+
+    Args:
+      name: of the phase.
+      step: (state, number of the step, from 0) -> (state, metrics).
+      done: number of its steps that are done. total: number of all its steps.
+      evaluate_every: steps between evaluations; 0 is none.
+    Raises:
+      Stopped: SIGTERM was received before the last step.
+    """
     self.progress.start(name, total, done)
     for number in range(done, total):
       start = time.perf_counter()
@@ -136,18 +158,18 @@ class Run:
         raise Stopped
 
   def evaluate(self) -> tuple[dict[str, float], list[Completions]]:
-    """Held-out metrics, and the sampled completions of every benchmark."""
+    """The metrics of an evaluation, and the sampled completions of every benchmark."""
     start = time.perf_counter()
     evaluated = benchmarks.evaluate(self.components, self.state.params, self.benchmarks)
     self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + time.perf_counter() - start
     return evaluated
 
-  def write_evaluation(self, step: int, which: str) -> None:
-    """Evaluates before or after RL, writes the metrics and the answers, and saves."""
+  def write_evaluation(self, step: int, side: str) -> None:
+    """Evaluates "before" or "after" RL, writes the metrics and the answers, and saves a checkpoint."""
     metrics, completions = self.evaluate()
     self.writer.write("rl", step, metrics)
-    answered = zip((benchmark.examples for benchmark in self.benchmarks), completions, strict=True)
-    write_answers(self.workdir / f"answers_{which}.jsonl", answered)
+    answers = zip((benchmark.examples for benchmark in self.benchmarks), completions, strict=True)
+    write_answers(self.workdir / f"answers_{side}.jsonl", answers)
     self.save("rl", step, metrics)
 
   def close(self) -> None:
@@ -157,13 +179,18 @@ class Run:
 
 
 def peak_memory() -> dict[str, int]:
-  """Largest memory in use so far on the fullest local device, where the backend tells."""
+  """The metric of the most memory that a local device has used so far, bytes; {} if the backend does not report it."""
   peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
   return {"memory/peak_bytes": max(peaks)} if any(peaks) else {}
 
 
 def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[str, Any]:
-  """Runs the experiment, or what is left of it; returns the summary that it writes to the workdir."""
+  """Trains, or continues a run that was stopped; returns the summary, which is also written to the workdir.
+
+  Raises:
+    ValueError: the config, its data or its checkpoint cannot be used, or the workdir belongs to another run.
+    Stopped: SIGTERM was received.
+  """
   claim_workdir(workdir, plain_config(config), FREE_KEYS)
   components = build(config)
   (warm_optimizer, warm_schedule), (optimizer, schedule) = optimizers(config).values()
@@ -174,11 +201,12 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
   run = Run(components, collector, workdir, progress)
 
   def take_rl_step(state: TrainState, number: int, reference: Params | None) -> tuple[TrainState, dict]:
-    due = diagnose if diagnose and (number + 1) % config.diagnostics.every == 0 else None
-    state, metrics = rl_step(state, number, collector=collector, functions=functions, reference=reference, diagnose=due)
+    diagnose_now = diagnose if diagnose and (number + 1) % config.diagnostics.every == 0 else None
+    inputs = {"collector": collector, "functions": functions, "reference": reference, "diagnose": diagnose_now}
+    state, metrics = rl_step(state, number, **inputs)
     return state, metrics | {"optimizer/learning_rate": schedule((number + 1) * updates_per_step - 1)}
 
-  of_rl = rl_programs(
+  programs_of_rl = rl_programs(
     components.policy,
     optimizer,
     functions,
@@ -187,9 +215,9 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
     prompt_length=components.prompt_length,
     versions=config.collector.carry_over > 0,
   )
-  of_evaluation = (program for program, _ in benchmarks.programs(components, run.benchmarks))
-  every = {program.name: program for program in (*warm_start.programs, *of_evaluation, *of_rl)}
-  for name in every:
+  programs_of_evaluation = [program for program, _ in benchmarks.programs(components, run.benchmarks)]
+  programs = (*warm_start.programs, *programs_of_evaluation, *programs_of_rl)
+  for name in dict.fromkeys(program.name for program in programs):
     progress.print(f"to compile: {name}")
   try:
     phase, done = run.restore(
@@ -201,13 +229,12 @@ def train(config: ExperimentConfig, workdir: Path, progress: Progress) -> dict[s
     if phase != "rl":
       if run.state is None:
         run.state = initial_state(components, warm_optimizer)
-      run.phase("warm_start", warm_start.step, done, config.warm_start.steps)
-      # RL begins with a new optimizer state.
+      run.take_steps("warm_start", warm_start.step, done, config.warm_start.steps)
       run.state = restart_optimizer(run.state, components.policy, optimizer, components.layout)
       run.write_evaluation(0, "before")
       done = 0
     step = functools.partial(take_rl_step, reference=run.reference(done))
-    run.phase("rl", step, done, config.steps, config.evaluation.every)
+    run.take_steps("rl", step, done, config.steps, config.evaluation.every)
     if done < config.steps:
       run.write_evaluation(config.steps, "after")
     run.checkpoints.wait()

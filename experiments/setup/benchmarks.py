@@ -1,18 +1,18 @@
-"""Benchmarks of a config, and their completions under a policy: in training and in `experiments.evaluate`."""
+"""The benchmarks of a config and their evaluation, during training and in `experiments.evaluate`."""
 
 import dataclasses
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from experiments.config import EvaluationConfig, Named
+from experiments.config import BenchmarkConfig, EvaluationConfig, Named
 from experiments.setup.build import EVALUATION, Components, longest_prompt
 from experiments.setup.data import read_data
-from rspo_jax.data.examples import Example
+from rspo_jax.data.examples import Example, Split
 from rspo_jax.evaluation.completion_log import Completions, complete_in_batches, join
 from rspo_jax.rewards.base import Reward
 from rspo_jax.rewards.table import make_reward
@@ -22,17 +22,21 @@ from rspo_jax.rollout.token_sampling import SamplingOptions
 from rspo_jax.types import Array, Params, Program
 
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+INHERITED = ("data_dir", "chat", "system")  # fields of `config.data` that a benchmark's data uses if they are not set
 
 
 class Benchmark(NamedTuple):
   """Held-out problems, and how they are completed.
 
   Attributes:
-    group: benchmarks of a group are averaged.
-    available: problems in its split. settings: with the benchmark's own put in.
-    options: by mode, "sampled" and perhaps "greedy".
-    prompt_length: slots of a prompt, tokens. batch_problems: per sampler call, no more than there are.
-    key: of its draws; row r of the benchmark draws with its r-th fold.
+    group: name of the group that the benchmark is averaged in.
+    examples: the problems to complete. available: number of problems in the split.
+    reward: scores completions.
+    settings: `config.evaluation`, with the benchmark's own settings.
+    options: mode -> sampling options; the modes are "sampled" and, if the settings say so, "greedy".
+    prompt_length: slots of a prompt, tokens.
+    batch_problems: problems per call of the sampler, not above the number of problems rounded up to the batch shards.
+    key: of the sampling; completion i of the benchmark uses its i-th fold.
   """
 
   name: str
@@ -48,70 +52,87 @@ class Benchmark(NamedTuple):
 
   @property
   def named(self) -> bool:
-    """Of `config.evaluation.benchmarks`, and not the held-out split of `config.data`."""
+    """Whether it is one of `config.evaluation.benchmarks`, not the test split of `config.data`."""
     return self.name in self.settings.benchmarks
 
 
 def make_benchmarks(components: Components) -> tuple[Benchmark, ...]:
-  """Reads `config.evaluation.benchmarks`; without any, takes the test split of `config.data`.
+  """The benchmarks of `config.evaluation.benchmarks`; without any, the test split of `config.data`.
 
-  Prompts of a named benchmark are padded to a power of two, so that benchmarks share programs.
+  Prompts of a named benchmark are padded to a power of two, so that benchmarks can share programs. Equal rewards are
+  created once, because a reward may have processes of its own.
 
   Raises:
-    ValueError: a benchmark without problems or whose data cannot be read; names it.
+    ValueError: the data or the reward of a benchmark cannot be used; names the benchmark.
   """
-  config = components.config
-  rewards = {_key_of(config.reward): components.reward} if components.reward else {}
-
-  def reward_of(spec: Named) -> Reward:
-    """One reward for equal settings: a reward may have processes of its own."""
-    if _key_of(spec) not in rewards:
-      rewards[_key_of(spec)] = make_reward(spec.name, **spec.options)
-    return rewards[_key_of(spec)]
-
-  def make(name, group, splits, reward, settings, prompt_length, key) -> Benchmark:
-    if "test" not in splits:
-      raise ValueError(f"the data of benchmark {name} has no test split, only {', '.join(splits)}; give it one.")
-    available = splits["test"].examples
-    examples = available[: settings.problems or None]
-    shards = components.layout.batch_shards
-    sampled = components.sampling_options(samples_per_prompt=settings.samples, **_changed(settings))
-    options = {"sampled": sampled}
-    if settings.greedy:
-      options["greedy"] = dataclasses.replace(sampled, samples_per_prompt=1, **GREEDY)
-    batch_problems = min(settings.batch_problems, -(-len(examples) // shards) * shards)
-    length = prompt_length or 1 << (longest_prompt(examples, components.tokenizer) - 1).bit_length()
-    return Benchmark(name, group, examples, len(available), reward, settings, options, length, batch_problems, key)
-
-  key = components.key(EVALUATION)
+  config, key = components.config, components.key(EVALUATION)
   if not config.evaluation.benchmarks:
-    splits, reward, length = components.splits, components.reward, components.prompt_length
-    return (make(config.data.name, "average", splits, reward, config.evaluation, length, key),)
+    length = components.prompt_length
+    whole = BenchmarkConfig(config.data, config.reward)
+    return (_benchmark(components, config.data.name, whole, components.splits, components.reward, key, length),)
+  rewards = {_reward_id(config.reward): components.reward} if components.reward else {}
   benchmarks = []
   for name, spec in config.evaluation.benchmarks.items():
-    inherited = {key: getattr(spec.data, key) or getattr(config.data, key) for key in ("data_dir", "chat", "system")}
-    data = dataclasses.replace(spec.data, **inherited)
+    inherited = {field: getattr(spec.data, field) or getattr(config.data, field) for field in INHERITED}
     try:
-      splits, reward = read_data(data, components.tokenizer), reward_of(spec.reward)
+      splits = read_data(dataclasses.replace(spec.data, **inherited), components.tokenizer)
+      reward_id = _reward_id(spec.reward)
+      if reward_id not in rewards:
+        rewards[reward_id] = make_reward(spec.reward.name, **spec.reward.options)
     except (ValueError, TypeError, OSError) as error:
-      raise ValueError(f"config.evaluation.benchmarks.{name} cannot be made: {error}") from error
+      raise ValueError(f"config.evaluation.benchmarks.{name} cannot be created: {error}") from error
     own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    benchmarks.append(make(name, spec.group, splits, reward, config.evaluation.of(spec), 0, own_key))
+    benchmarks.append(_benchmark(components, name, spec, splits, rewards[reward_id], own_key))
   return tuple(benchmarks)
 
 
+def _benchmark(
+  components: Components,
+  name: str,
+  spec: BenchmarkConfig,
+  splits: Mapping[str, Split],
+  reward: Reward,
+  key: Array,
+  prompt_length: int | None = None,
+) -> Benchmark:
+  if "test" not in splits:
+    raise ValueError(f"the data of benchmark {name} has no test split, only {', '.join(splits)}; give it one.")
+  settings, available = components.config.evaluation.of(spec), splits["test"].examples
+  examples = available[: settings.problems or None]
+  sampled = components.sampling_options(samples_per_prompt=settings.samples, **_sampling_changes(settings))
+  options = {"sampled": sampled}
+  if settings.greedy:
+    options["greedy"] = dataclasses.replace(sampled, samples_per_prompt=1, **GREEDY)
+  if prompt_length is None:
+    prompt_length = 1 << (longest_prompt(examples, components.tokenizer) - 1).bit_length()
+  shards = components.layout.batch_shards
+  return Benchmark(
+    name,
+    spec.group,
+    examples,
+    len(available),
+    reward,
+    settings,
+    options,
+    prompt_length,
+    min(settings.batch_problems, -(-len(examples) // shards) * shards),
+    key,
+  )
+
+
 def sampler_of(components: Components, benchmark: Benchmark, mode: str) -> Sampler:
-  """What completes a benchmark; shared by benchmarks with the same options and sizes."""
+  """The sampler of a benchmark; benchmarks with the same options and sizes share it."""
   return components.sampler(benchmark.options[mode], benchmark.batch_problems, benchmark.prompt_length)
 
 
 def run(
   components: Components, params: Params, benchmark: Benchmark, mode: str, first: int = 0
 ) -> Iterator[Completions]:
-  """Batches of completions with their rewards.
+  """Yields batches of completions with their rewards, on the host.
 
   Args:
-    mode: "sampled" or "greedy". first: problems that are done already.
+    mode: a key of `benchmark.options`.
+    first: number of problems to skip, because they are done; a multiple of `benchmark.batch_problems`.
   """
   options, tokenizer = benchmark.options[mode], components.tokenizer
   sampler = sampler_of(components, benchmark, mode)
@@ -138,10 +159,11 @@ def run(
 def evaluate(
   components: Components, params: Params, benchmarks: Sequence[Benchmark]
 ) -> tuple[dict[str, float], list[Completions]]:
-  """The metrics of an evaluation during training, and the sampled completions of every benchmark.
+  """An evaluation during training.
 
-  "eval/success", "eval/greedy_success" and "eval/format" are unweighted means over the benchmarks; named benchmarks
-  have "eval/<name>/avg" and "eval/<name>/greedy" as well.
+  Returns:
+    Metrics, and the sampled completions of every benchmark. "eval/success", "eval/greedy_success" and "eval/format" are
+    unweighted means over the benchmarks; named benchmarks also have "eval/<name>/avg" and "eval/<name>/greedy".
   """
   means: dict[str, list[float]] = {}
   metrics, sampled = {}, []
@@ -154,12 +176,12 @@ def evaluate(
       means.setdefault("eval/greedy_success", []).append(by_mode["greedy"].success)
     if benchmark.named:
       suffix = {"sampled": "avg", "greedy": "greedy"}
-      metrics |= {f"eval/{benchmark.name}/{suffix[mode]}": of_mode.success for mode, of_mode in by_mode.items()}
+      metrics |= {f"eval/{benchmark.name}/{suffix[mode]}": each.success for mode, each in by_mode.items()}
   return {name: sum(values) / len(values) for name, values in means.items()} | metrics, sampled
 
 
 def programs(components: Components, benchmarks: Sequence[Benchmark]) -> list[tuple[Program, list[str]]]:
-  """What an evaluation compiles, each program once, with the benchmarks that use it."""
+  """The programs that an evaluation compiles, each once, with the names of the benchmarks that use it."""
   users: dict[str, tuple[Program, list[str]]] = {}
   for benchmark in benchmarks:
     for mode in benchmark.options:
@@ -168,10 +190,11 @@ def programs(components: Components, benchmarks: Sequence[Benchmark]) -> list[tu
   return list(users.values())
 
 
-def _changed(settings: EvaluationConfig) -> dict[str, float]:
-  own = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
-  return {name: value for name, value in own.items() if value is not None}
+def _sampling_changes(settings: EvaluationConfig) -> dict[str, float]:
+  """The fields of `SamplingOptions` that the settings override."""
+  fields = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
+  return {name: value for name, value in fields.items() if value is not None}
 
 
-def _key_of(reward: Named) -> str:
+def _reward_id(reward: Named) -> str:
   return json.dumps([reward.name, dict(reward.options)], sort_keys=True, default=list)

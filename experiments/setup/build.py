@@ -23,7 +23,7 @@ from rspo_jax.objectives.advantages import AdvantageOptions
 from rspo_jax.objectives.table import make_objective
 from rspo_jax.rewards.base import Reward
 from rspo_jax.rewards.table import make_reward
-from rspo_jax.rl_step import UpdateFunctions, compile_update
+from rspo_jax.rl_step import Diagnose, UpdateFunctions, compile_update
 from rspo_jax.rollout.collector import Collector
 from rspo_jax.rollout.samplers import Sampler, make_sampler
 from rspo_jax.rollout.token_sampling import SamplingOptions
@@ -32,17 +32,18 @@ from rspo_jax.training.attribution import make_gradient_noise, make_replay_attri
 from rspo_jax.training.loss import UpdateOptions
 from rspo_jax.types import Array, Layout, Policy
 
-# Streams of random numbers, folded into the seed before anything else is.
+# Streams of random numbers: the number that is folded into the seed's key first.
 INIT, SAMPLING, EVALUATION = range(3)
 
 
 class Components(NamedTuple):
-  """What a run is made of.
+  """The components of a run.
 
   Attributes:
-    splits, reward: None where only benchmarks are evaluated.
-    prompt_length: Tp, the longest prompt of all splits, tokens.
-    sampler: (SamplingOptions, prompts of a batch, Tp, resume) -> `Sampler`; equal arguments give the same one.
+    splits: of `config.data`, with "train" and "test" as needed. reward: `config.reward`. Both are None if only named
+      benchmarks are evaluated.
+    prompt_length: Tp, length of the longest prompt of all splits, tokens; 0 without splits.
+    sampler: (SamplingOptions, prompts per batch, Tp, resume=False) -> `Sampler`, cached by its arguments.
   """
 
   config: ExperimentConfig
@@ -55,25 +56,26 @@ class Components(NamedTuple):
   sampler: Callable[..., Sampler]
 
   def stream(self, number: int) -> Array:
-    """The key of a stream of random numbers, to be folded further."""
+    """The key of a stream of random numbers; fold it further before use, or use `key`."""
     return jax.random.fold_in(jax.random.key(self.config.seed), number)
 
   def key(self, stream: int) -> Array:
+    """A key of the stream that can be used directly."""
     return jax.random.fold_in(self.stream(stream), 0)
 
   def sampling_options(self, **changed) -> SamplingOptions:
-    """`config.sampling` with the tokenizer's stop tokens and what is changed."""
+    """`config.sampling` with the tokenizer's stop tokens, and with the fields in `changed`."""
     return dataclasses.replace(self.config.sampling, **{"stop_ids": self.tokenizer.stop_ids} | changed)
 
 
 def build(config: ExperimentConfig, *, training: bool = True) -> Components:
-  """Reads the data and checks every size; compiles nothing.
+  """Reads the data and checks all sizes. Compiles nothing.
 
   Args:
-    training: False where only `config.evaluation` counts: without batches of RL, and with benchmarks without
-      `config.data` and `config.reward`.
+    training: False builds what `config.evaluation` needs: batches of training are not checked, and `config.data` and
+      `config.reward` are not read if there are named benchmarks.
   Raises:
-    ValueError: data, mesh, batch sizes or vocabulary do not fit; names the key and the cure.
+    ValueError: data, mesh, batch sizes, vocabulary or engine cannot be used together; names the key and the cure.
   """
   layout = mesh.make_layout(config.runtime.mesh)
   check_divides(config, layout.batch_shards, training=training)
@@ -90,7 +92,7 @@ def build(config: ExperimentConfig, *, training: bool = True) -> Components:
     need_splits(splits, *(["train"] if training else []), *([] if config.evaluation.benchmarks else ["test"]))
     prompt_length = max(longest_prompt(split.examples, tokenizer) for split in splits.values())
     reward = make_reward(config.reward.name, **config.reward.options)
-  mesh.param_shardings(policy, layout)  # raises for parameters that do not divide
+  mesh.param_shardings(policy, layout)  # raises if a parameter does not divide over the mesh
   remote = None
   if config.engine is not None:
     remote = remote_engine(config.engine, policy, config.model, (config.pretrained, config.tokenizer))
@@ -104,10 +106,12 @@ def build(config: ExperimentConfig, *, training: bool = True) -> Components:
 
 
 def make_policy(config: ExperimentConfig, layout: Layout | None = None) -> Policy:
-  """The policy that `config.policy` names.
+  """The policy named by `config.policy`.
 
+  Args:
+    layout: the mesh; None for one device.
   Raises:
-    ValueError: there is no such function, it does not take the options, or it returns something else.
+    ValueError: there is no such function, it does not accept the options, or it does not return a `Policy`.
   """
   if config.policy.name == "transformer":
     return build_policy(config.model, layout)
@@ -123,12 +127,12 @@ def make_policy(config: ExperimentConfig, layout: Layout | None = None) -> Polic
 
 
 def longest_prompt(examples: Sequence[Example], tokenizer: Tokenizer) -> int:
-  """In tokens."""
+  """Length of the longest prompt, tokens."""
   return max(len(tokenizer.encode(example.prompt)) for example in examples)
 
 
 def optimizers(config: ExperimentConfig) -> dict[str, tuple[optax.GradientTransformation, optax.Schedule]]:
-  """Optimizer and schedule of each phase."""
+  """The optimizer and the learning-rate schedule of each phase, "warm_start" and "rl"."""
   rl_updates = config.steps * config.rl.epochs * config.rl.minibatches
   return {
     "warm_start": make_optimizer(config.warm_start.optimizer, config.warm_start.steps, config.model),
@@ -137,7 +141,7 @@ def optimizers(config: ExperimentConfig) -> dict[str, tuple[optax.GradientTransf
 
 
 def build_collector(components: Components) -> Collector:
-  """The groups that RL trains on."""
+  """The collector of the groups that RL trains on."""
   config = components.config
   options = components.sampling_options(record_experts=config.loss.replay == "sampler")
   sampler = components.sampler(
@@ -157,8 +161,8 @@ def build_collector(components: Components) -> Collector:
   )
 
 
-def build_update(components: Components, optimizer) -> UpdateFunctions:
-  """The jitted functions of an RL update."""
+def build_update(components: Components, optimizer: optax.GradientTransformation) -> UpdateFunctions:
+  """The jitted functions of an RL update. Warns of settings that are valid but seldom wanted."""
   config = components.config
   _warn(config)
   return compile_update(
@@ -173,8 +177,8 @@ def build_update(components: Components, optimizer) -> UpdateFunctions:
   )
 
 
-def build_diagnostics(components: Components) -> Callable:
-  """(state, minibatch) -> costly metrics: gradient noise by module group, and the replay attribution."""
+def build_diagnostics(components: Components) -> Diagnose:
+  """The costly metrics: gradient noise by module group, and replay attribution."""
   config = components.config
   noise = jax.jit(make_gradient_noise(components.policy, update_options(config), config.diagnostics.pieces))
   attribution = jax.jit(make_replay_attribution(components.policy, logits_chunk=config.loss.logits_chunk))
@@ -182,11 +186,11 @@ def build_diagnostics(components: Components) -> Callable:
 
 
 def update_options(config: ExperimentConfig) -> UpdateOptions:
-  """`config.loss` with the fields that other groups decide."""
+  """`config.loss` with the fields that other groups of the config decide."""
   recipe = make_objective(config.objective.name, **config.objective.options)
   shift = config.shift
   if shift is not None:
-    # A train state counts the updates of both phases.
+    # The schedule starts with RL, but a train state counts the updates of both phases.
     shift = dataclasses.replace(shift, floor_begin=config.warm_start.steps)
   return dataclasses.replace(
     config.loss,
@@ -200,26 +204,24 @@ def update_options(config: ExperimentConfig) -> UpdateOptions:
 
 
 def advantage_options(config: ExperimentConfig) -> AdvantageOptions:
-  """`config.advantage`; what it leaves open is the objective's."""
+  """`config.advantage`, with the objective's baseline and scale where they are None."""
   recipe = make_objective(config.objective.name, **config.objective.options)
-  chosen = config.advantage
-  return dataclasses.replace(chosen, baseline=chosen.baseline or recipe.baseline, scale=chosen.scale or recipe.scale)
+  options = config.advantage
+  return dataclasses.replace(options, baseline=options.baseline or recipe.baseline, scale=options.scale or recipe.scale)
 
 
 def _warn(config: ExperimentConfig) -> None:
-  if (
-    config.shift is not None
-    and config.shift.placement == "before_clip"
-    and config.objective.name in ("gspo", "gspo_token")
-  ):
+  narrow_clip = config.objective.name in ("gspo", "gspo_token")
+  if narrow_clip and config.shift is not None and config.shift.placement == "before_clip":
     logging.warning(
-      "%s with router shift before its narrow clip: a mean gamma below the lower bound takes the gradient of every "
-      "negative sequence; --config.shift.placement=weight does not (docs/algorithms.md).",
+      "config.objective.name is %s and config.shift.placement is before_clip: a mean gamma below the lower bound of "
+      "its narrow clip removes the gradient of every negative sequence. Set config.shift.placement=weight "
+      "(docs/algorithms.md).",
       config.objective.name,
     )
   if config.collector.carry_over and config.mismatch is None:
     logging.warning(
-      "config.collector.carry_over is %d: tokens sampled by older policies count as sampled by the present one; "
-      "--config.mismatch.correction=tis weighs them (docs/algorithms.md).",
+      "config.collector.carry_over is %d and config.mismatch is off: tokens sampled by older policies are treated like "
+      "those of the current policy. Set config.mismatch.correction=tis to weight them (docs/algorithms.md).",
       config.collector.carry_over,
     )

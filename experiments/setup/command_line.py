@@ -1,4 +1,4 @@
-"""Flags of a command and the report of a mistake: the config file, the workdir, one line for an error."""
+"""The flags --config and --workdir of a command, and one line instead of a traceback for a user's mistake."""
 
 import re
 import sys
@@ -7,16 +7,17 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments.setup.config_flags import renamed_key
+from experiments.setup.renamed_keys import renamed_key
 from rspo_jax.rollout.remote_engine import EngineError
 
 
 def run_app(main: Callable[[], None], workdir_help: str) -> None:
-  """Runs a command that takes --config and --workdir; it ends the process.
+  """Runs a command with the flags --config and --workdir. It does not return: the process exits.
 
   Args:
-    main: called with the flags parsed; a ValueError or EngineError it raises is shown as one message without a trace.
-    workdir_help: what --workdir is.
+    main: called after the flags are parsed. If it raises a ValueError or an EngineError, the message is printed without
+      a traceback, and the exit status is 1.
+    workdir_help: help text of --workdir.
   """
   config_flags.DEFINE_config_file("config", None, "Config file; its fields are flags: --config.steps=10.")
   flags.DEFINE_string("workdir", None, workdir_help)
@@ -29,8 +30,7 @@ def run_app(main: Callable[[], None], workdir_help: str) -> None:
     try:
       main()
     except (ValueError, EngineError) as error:
-      # A user's mistake, or an engine that cannot be reached: the message gives the cure, and a trace would hide it
-      # (--verbosity=1 shows it).
+      # The message gives the cure, and a traceback would hide it; --verbosity=1 shows the traceback.
       logging.debug("", exc_info=True)
       sys.exit(f"error: {error}")
 
@@ -38,19 +38,22 @@ def run_app(main: Callable[[], None], workdir_help: str) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser, with ml_collections' bare exceptions turned into one line that names the flag."""
+  """Parses the flags; returns the other arguments. Exits with one line that names the flag at fault.
+
+  absl reports its own errors well, but ml_collections lets bare exceptions pass.
+  """
   try:
     rest = flags.FLAGS(argv)
-    _ = flags.FLAGS.config  # a file that cannot be loaded raises here
+    _ = flags.FLAGS.config  # loads the file
     return rest
   except flags.Error as error:
-    # A config file that raises arrives as its whole traceback; the last line says what is wrong.
+    # For a config file that raises, the error is the whole traceback, and its last line the message.
     sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()} (--help lists the flags)")
   except (AttributeError, KeyError, TypeError, OSError) as error:
-    given = [arg for arg in argv if arg.startswith(("--config", "-config"))]
-    for arg in given:
-      key = re.match(r"-*config\.([\w.]+)", arg)
-      if key and (new := renamed_key(key[1])):
-        sys.exit(f"error: config.{key[1]} is now config.{new}.")
+    settings = [arg for arg in argv if arg.startswith(("--config", "-config"))]
+    for setting in settings:
+      match = re.match(r"-*config\.([\w.]+)", setting)
+      if match and (new := renamed_key(match[1])):
+        sys.exit(f"error: config.{match[1]} is now config.{new}.")
     reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split()).strip("\"'")
-    sys.exit(f"error: no such setting or file in {' '.join(given)} ({reason})")
+    sys.exit(f"error: no such setting or file in {' '.join(settings)} ({reason})")

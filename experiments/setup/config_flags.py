@@ -1,9 +1,8 @@
-"""`experiments.config` to and from the ConfigDict that flags override; types and unknown keys are checked on the way
-in.
+"""Conversion between `ExperimentConfig` and the ConfigDict whose fields are flags.
 
-A group that may be None (shift, mismatch, curriculum, engine) has one key more than its fields, "on": see
-`ExperimentConfig`. Ranges are checked by the dataclasses themselves, what groups must agree on by
-`experiments.setup.checks`.
+Reading a ConfigDict checks keys and types here, ranges in the dataclasses, and agreement between groups in
+`experiments.setup.checks`. A group that may be None (shift, mismatch, curriculum, engine) has the key "on" besides its
+fields, see `ExperimentConfig`.
 """
 
 import dataclasses
@@ -18,6 +17,7 @@ from ml_collections.config_dict import placeholder
 
 from experiments.config import ExperimentConfig
 from experiments.setup.checks import check_config
+from experiments.setup.renamed_keys import renamed_key
 from models.config import TransformerConfig
 from rspo_jax.lookup import near
 from rspo_jax.objectives.table import OBJECTIVES, objective_options
@@ -25,7 +25,7 @@ from rspo_jax.rollout.token_sampling import SamplingOptions
 from rspo_jax.router.shift import ShiftOptions
 from rspo_jax.training.loss import UpdateOptions
 
-# Fields of the library's options that follow from other keys, and so are no keys themselves.
+# Fields of the library's options that are not keys, because other keys decide them.
 DERIVED = {
   SamplingOptions: {"stop_ids": "config.tokenizer", "record_experts": "config.loss.replay"},
   ShiftOptions: {"floor_begin": "config.warm_start.steps"},
@@ -37,102 +37,58 @@ DERIVED = {
   },
 }
 
-# Keys of earlier versions -> today's.
-RENAMED = {
-  "rl.steps": "steps",
-  "rl.optimizer": "optimizer",
-  "rl.frozen": "optimizer.frozen",
-  "rl.samples_per_prompt": "sampling.samples_per_prompt",
-  "rl.microbatches": "loss.microbatches",
-  "rl.logits_chunk": "loss.logits_chunk",
-  **{
-    f"rl.{name}": f"collector.{name}"
-    for name in (
-      "prompts",
-      "dynamic_sampling_rounds",
-      "oversampling",
-      "carry_over",
-      "overlong_buffer",
-      "overlong_penalty",
-    )
-  },
-  **{
-    f"objective.{name}": f"objective.options.{name}"
-    for name in ("eps_low", "eps_high", "dual_clip", "tau_pos", "tau_neg", "bounds", "ratio", "length_epsilon")
-  },
-  **{
-    f"objective.{name}": f"loss.{name}"
-    for name in ("aggregation", "norm_length", "kl_coefficient", "kl_estimator", "entropy_coefficient")
-  },
-  "objective.baseline": "advantage.baseline",
-  "objective.scale": "advantage.scale",
-  "objective.ddof": "advantage.ddof",
-  "objective.std_epsilon": "advantage.epsilon",
-  "objective.kl_in": "loss.kl_coefficient (of the loss) or config.rl.reward_kl_coefficient (of the reward)",
-  "router.shift": "shift.on",
-  "router.shift_floor": "shift.floor",
-  "router.shift_floor_start": "shift.floor_start",
-  "router.shift_floor_updates": "shift.floor_updates",
-  **{f"router.{name}": f"shift.{name}" for name in ("placement", "deviation", "layers", "level")},
-  "router.replay": "loss.replay",
-  "router.replay_gates": "loss.replay_gates",
-  "router.freeze": "optimizer.freeze_router",
-  "router.learning_rate_multiplier": "optimizer.router_multiplier",
-  "router.load_balance": "loss.load_balance_coefficient",
-  "router.z_loss": "loss.router_z_coefficient",
-  "router.bias_rate": "loss.router_bias_rate",
-  "sampling.engine": "engine.urls",
-  **{f"sampling.engine_{name}": f"engine.{name}" for name in ("kind", "folder", "model", "timeout")},
-}
-
 
 def config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
-  """The dataclasses as a ConfigDict, so that flags can override every field by its dotted name."""
+  """The config as a ConfigDict, in which flags can override every field by its dotted name.
+
+  Fields that are None are placeholders, which accept a value of their type.
+  """
   filled = _fill(ExperimentConfig, config)
   filled["objective"]["options"] = _all_objective_options() | filled["objective"]["options"]
   return ml_collections.ConfigDict(filled)
 
 
-def read_config(given: ml_collections.ConfigDict) -> ExperimentConfig:
-  """The ConfigDict as checked dataclasses.
+def read_config(settings: ml_collections.ConfigDict) -> ExperimentConfig:
+  """The ConfigDict as dataclasses, checked.
 
   Raises:
-    ValueError: an unknown key, a wrong type or an impossible value; names the key and the cure.
+    ValueError: an unknown or missing key, a value of another type or out of range, or groups that contradict each
+      other; names the key and the cure.
   """
-  plain = given.to_dict()
+  plain = settings.to_dict()
   options = plain.get("objective", {}).get("options", {}) if isinstance(plain.get("objective"), dict) else {}
-  for name in [name for name, value in options.items() if value is None]:  # placeholders that no flag has set
+  for name in [name for name, value in options.items() if value is None]:  # placeholders without a value
     del options[name]
   config = _build(ExperimentConfig, plain, "config")
   check_config(config)
   return config
 
 
-def read_model_config(given: Mapping[str, Any]) -> TransformerConfig:
-  """A model's configuration from JSON; ValueError names an unknown key or a wrong type."""
-  return _build(TransformerConfig, given, "model")
+def read_model_config(settings: Mapping[str, Any]) -> TransformerConfig:
+  """A model's configuration from plain values, as `plain_config` writes them.
 
-
-def renamed_key(old: str) -> str:
-  """Today's name of a key of an earlier version, without "config."; '' if it never was a key."""
-  if old in RENAMED:
-    return RENAMED[old]
-  group, dot, name = old.rpartition(".")
-  return f"{renamed_key(group)}.{name}" if dot and renamed_key(group) else ""
+  Raises:
+    ValueError: an unknown or missing key, or a value of another type or out of range; names the key.
+  """
+  return _build(TransformerConfig, settings, "model")
 
 
 def unknown_key(key: str, value: Any, group: str, known: typing.Iterable[str]) -> str:
-  """The message for a key that does not exist in a group such as "config.rl"."""
+  """The message for a key that does not exist in a group such as "config.rl".
+
+  Args:
+    value: of the key. If it is a group of an earlier version, the message names the current key of its first key.
+    known: the keys of the group.
+  """
   dotted = f"{group}.{key}".removeprefix("config.")
-  # Of a whole group that is gone, its first key.
-  for old in [dotted, *(f"{dotted}.{name}" for name in (value if isinstance(value, Mapping) else ()))]:
+  for old in (dotted, *(f"{dotted}.{name}" for name in (value if isinstance(value, Mapping) else ()))):
     if new := renamed_key(old):
       return f"config.{old} is now config.{new}."
   return f"{group}.{key} is unknown; {near(key, known).replace('did you mean ', f'did you mean {group}.')}"
 
 
 def plain_config(config: Any) -> Any:
-  """A config (or a part of one) as plain values for JSON; `read_config` of them gives the same config."""
+  """A config, or a group of one, as plain values for JSON, from which `read_config` gives an equal config."""
   if dataclasses.is_dataclass(config):
     return {name: plain_config(getattr(config, name)) for name in _types(type(config))}
   if isinstance(config, Mapping):
@@ -142,7 +98,7 @@ def plain_config(config: Any) -> Any:
 
 @functools.cache
 def _types(kind: type) -> dict[str, Any]:
-  """Types of the fields of a dataclass that are keys of the config."""
+  """Key -> type, for the fields of a dataclass that are keys of the config."""
   hints = typing.get_type_hints(kind)
   hidden = DERIVED.get(kind, {})
   return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.name not in hidden}
@@ -158,12 +114,12 @@ def _optional(kind: Any) -> Any:
 
 
 def _fill(kind: type, node: Any) -> dict[str, Any]:
-  """The fields of a dataclass as plain values; a node of None gives placeholders for all of them."""
+  """The fields of a dataclass as plain values; if the node is None, placeholders for all of them."""
   filled = {}
   for name, declared in _types(kind).items():
     value, inner = None if node is None else getattr(node, name), _optional(declared)
     if inner is TransformerConfig and value is None:
-      filled[name] = None  # a policy of the user's own
+      filled[name] = None  # no flags for the fields of a model that is not used
     elif dataclasses.is_dataclass(inner):
       group = _fill(inner, value)
       if inner is not declared and inner is not TransformerConfig:
@@ -174,7 +130,6 @@ def _fill(kind: type, node: Any) -> dict[str, Any]:
         key: _fill(type(item), item) if dataclasses.is_dataclass(item) else item for key, item in value.items()
       }
     else:
-      # A flag can give a placeholder a value of its type.
       filled[name] = placeholder(typing.get_origin(inner) or inner) if value is None else value
   return filled
 
@@ -188,6 +143,7 @@ def _all_objective_options() -> dict[str, Any]:
 
 
 def _build(kind: type, values: Any, where: str) -> Any:
+  """A dataclass from a group of values; where: its key, for messages."""
   if not isinstance(values, Mapping):
     raise ValueError(f"{where} is {values!r}; want a group of settings.")
   fields = _types(kind)
@@ -203,18 +159,18 @@ def _build(kind: type, values: Any, where: str) -> Any:
     if name not in values and declared[name].default is declared[name].default_factory is dataclasses.MISSING
   ]
   if missing:
-    raise ValueError(f"{where} lacks {', '.join(missing)}.")
-  given = {key: _convert(fields[key], value, f"{where}.{key}") for key, value in values.items()}
+    raise ValueError(f"{where} lacks {', '.join(missing)}; these keys have no default.")
+  converted = {key: _convert(fields[key], value, f"{where}.{key}") for key, value in values.items()}
   try:
-    return kind(**given)
+    return kind(**converted)
   except ValueError as error:
-    # Dataclasses name the field; the config adds the group.
+    # The message of a dataclass starts with the field, or is about several.
     dot = "." if str(error).split(" ", 1)[0] in declared else ": "
     raise ValueError(f"{where}{dot}{error}") from error
 
 
 def _build_optional(kind: type, values: Any, where: str) -> Any:
-  """A group that may be None, by its key "on"; without it, a group that has anything set."""
+  """A group that may be None: its key "on" decides, or if that is not set, whether any other key is set."""
   if values is None:
     return None
   if not isinstance(values, Mapping):
@@ -230,6 +186,7 @@ def _build_optional(kind: type, values: Any, where: str) -> Any:
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
+  """A value as the declared type: groups become dataclasses, lists tuples, whole numbers floats where one is wanted."""
   inner = _optional(kind)
   if dataclasses.is_dataclass(inner):
     return _build(inner, value, where) if inner is kind else _build_optional(inner, value, where)
@@ -241,9 +198,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
   if origin is tuple and isinstance(value, list | tuple):
     return tuple(_convert(typing.get_args(inner)[0], item, where) for item in value)
   if origin is Mapping and isinstance(value, Mapping):
-    of_items = typing.get_args(inner)[1]
-    if dataclasses.is_dataclass(of_items):
-      return {key: _convert(of_items, item, f"{where}.{key}") for key, item in value.items()}
+    item_type = typing.get_args(inner)[1]
+    if dataclasses.is_dataclass(item_type):
+      return {key: _convert(item_type, item, f"{where}.{key}") for key, item in value.items()}
     return value
   if not isinstance(origin, type) or not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
     name = getattr(inner, "__name__", str(inner))

@@ -1,4 +1,4 @@
-"""From `config.data` and `config.tokenizer` to prompts as the policy reads them."""
+"""The tokenizer and the examples of `config.tokenizer` and `config.data`, with prompts as the policy reads them."""
 
 import dataclasses
 import datetime
@@ -14,15 +14,18 @@ from rspo_jax.lookup import look_up
 from rspo_jax.tokenization.basic import ByteTokenizer, CharTokenizer, Tokenizer
 from rspo_jax.tokenization.hf import HFTokenizer, load_tokenizer
 
-# What chat templates that write the date are told: a run that goes on tomorrow has to read the same prompts.
+# The date in chat templates that write one. Constant, so that a run resumed on another day reads the same prompts.
 CHAT_DATE = datetime.datetime(2025, 1, 1)
 
 
 def make_tokenizer(name: str, dataset: str) -> Tokenizer:
-  """The tokenizer that `config.tokenizer` names, by characters of the data set for ''.
+  """The tokenizer of a config.
 
+  Args:
+    name: `config.tokenizer`: a folder, "bytes", or '' for the characters of the data set.
+    dataset: `config.data.name`.
   Raises:
-    ValueError: its folder cannot be read, or the data set has no alphabet.
+    ValueError: the folder cannot be read, or the data set has no list of characters.
   """
   if name == "bytes":
     return ByteTokenizer()
@@ -30,18 +33,18 @@ def make_tokenizer(name: str, dataset: str) -> Tokenizer:
     return load_tokenizer(name)
   if dataset not in ALPHABETS:
     raise ValueError(
-      f"config.tokenizer is '', a token for each character of the data set, but of these {dataset} has no list; only "
-      f"{', '.join(ALPHABETS)} have one. Set config.tokenizer to a folder with a tokenizer.json, or to 'bytes'."
+      f"config.tokenizer is '', a token for each character of the data set, but {dataset} has no list of characters; "
+      f"only {', '.join(ALPHABETS)} have one. Set config.tokenizer to a folder with a tokenizer.json, or to 'bytes'."
     )
   return CharTokenizer(ALPHABETS[dataset])
 
 
 def read_data(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Split]:
-  """The splits of a data set, with `chat`, `system` and `max_prompt_tokens` followed.
+  """The splits of a data set, with `chat`, `system` and `max_prompt_tokens` applied.
 
   Raises:
-    ValueError: what the data set raises, an option that it does not have, a chat that cannot be written, or no prompt
-      that is short enough.
+    ValueError: an error of the data set, an option that it does not have, a prompt that cannot be rendered as a chat,
+      or no prompt that is short enough.
   """
   loader = look_up("config.data.name", data.name, DATASETS)
   try:
@@ -59,7 +62,7 @@ def read_data(data: DataConfig, tokenizer: Tokenizer) -> dict[str, Split]:
 
 
 def need_splits(splits: Mapping[str, Split], *names: str) -> None:
-  """Raises ValueError if one of these splits is not there."""
+  """Raises ValueError if one of the named splits is missing."""
   for name in names:
     if name not in splits:
       hold_out = "" if name == "train" else ", hold some of train out with config.data.options.holdout"
@@ -70,48 +73,48 @@ def need_splits(splits: Mapping[str, Split], *names: str) -> None:
 
 
 def as_chat(split: Split, tokenizer: Tokenizer, system: str = "") -> Split:
-  """A split whose prompts are what a user says, in the tokenizer's chat template, up to where the answer begins.
+  """Renders every prompt as a user message by the tokenizer's chat template, up to the start of the answer.
 
   Args:
-    system: what the system says before; '' for nothing.
+    system: content of a system message before it; '' is none.
   Raises:
-    ValueError: the tokenizer has no chat template, or its template refuses the messages.
+    ValueError: the tokenizer has no chat template, or the template rejects the messages.
   """
   if not isinstance(tokenizer, HFTokenizer) or not tokenizer.templates:
     raise ValueError(
       "config.data.chat is true, but the tokenizer has no chat template. Set config.tokenizer to the folder of a chat "
       "model, write chat_template.jinja there, or set config.data.chat=false."
     )
-  before = [{"role": "system", "content": system}] if system else []
+  system_messages = [{"role": "system", "content": system}] if system else []
 
-  def chat(prompt: str) -> str:
-    return tokenizer.render_chat([*before, {"role": "user", "content": prompt}], now=CHAT_DATE)
+  def render(prompt: str) -> str:
+    return tokenizer.render_chat([*system_messages, {"role": "user", "content": prompt}], now=CHAT_DATE)
 
-  examples = tuple(example._replace(prompt=chat(example.prompt)) for example in split.examples)
+  examples = tuple(example._replace(prompt=render(example.prompt)) for example in split.examples)
   return dataclasses.replace(split, examples=examples)
 
 
 def up_to_length(split: Split, tokenizer: Tokenizer, limit: int) -> Split:
-  """The examples whose prompts have at most so many tokens; warns of how many have more.
+  """The examples whose prompts have at most `limit` tokens. Logs a warning with the number of the others.
 
   Raises:
-    ValueError: none is left, of the split or of a source of a mixture.
+    ValueError: no example is left, in the split or from one of the sources of a mixture.
   """
   lengths = [len(tokenizer.encode(example.prompt)) for example in split.examples]
-  kept = tuple(example for example, length in zip(split.examples, lengths, strict=True) if length <= limit)
-  if missing := sorted({example.source for example in split.examples} - {example.source for example in kept}):
-    of = f" from {', '.join(missing)}" if all(missing) else ""
+  short = tuple(example for example, length in zip(split.examples, lengths, strict=True) if length <= limit)
+  if empty := sorted({example.source for example in split.examples} - {example.source for example in short}):
+    sources = f" from {', '.join(empty)}" if all(empty) else ""
     raise ValueError(
-      f"config.data.max_prompt_tokens is {limit}, which leaves no prompt{of} in {split.name}; they have "
+      f"config.data.max_prompt_tokens is {limit}, which leaves no prompt{sources} in {split.name}; its prompts have "
       f"{min(lengths)} to {max(lengths)} tokens. Raise it."
     )
-  if len(kept) < len(lengths):
+  if len(short) < len(lengths):
     logging.warning(
       "%s: %d of %d prompts have more than %d tokens (the longest has %d) and are left out.",
       split.name,
-      len(lengths) - len(kept),
+      len(lengths) - len(short),
       len(lengths),
       limit,
       max(lengths),
     )
-  return dataclasses.replace(split, examples=kept)
+  return dataclasses.replace(split, examples=short)

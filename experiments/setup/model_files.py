@@ -1,7 +1,8 @@
-"""Where a model comes from: a Hugging Face folder, a folder that `experiments.convert` made, or a run's workdir."""
+"""Models in folders: a Hugging Face folder ("hf"), an Orbax folder of `experiments.convert` ("orbax"), or a run's
+workdir ("run")."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,47 +29,62 @@ from rspo_jax.run.workdir import dump_json_atomic
 from rspo_jax.training.state import abstract_state, init_state, restart_optimizer
 from rspo_jax.types import Layout, Params, TrainState
 
-# Fields of a model's configuration that change how it runs or is trained, not what its weights are.
+# Fields of a model's configuration that change how it is computed or trained, but not its weights.
 FREE_FIELDS = ("dtype", "cache_dtype", "remat", "scan_layers", "expert_backend", "lora")
 
 
 class Model(NamedTuple):
+  """A configuration and parameters for it."""
+
   config: TransformerConfig
   params: Params
 
 
 def kind_of(folder: str | Path) -> str:
-  """ "hf", "orbax" or "run"; ValueError for a folder that is none of them."""
+  """The kind of a folder: "hf", "orbax" or "run".
+
+  Raises:
+    ValueError: it is none of them.
+  """
   folder = Path(folder)
   settings = read_json(folder / "config.json")
   if "model_type" in settings:
     return "hf"
   if "model" in settings and (folder / "checkpoints").is_dir():
     return "run" if "rl" in settings else "orbax"
-  raise ValueError(f"{folder / 'config.json'} is neither a model's nor a run's, or {folder} has no checkpoints yet.")
+  raise ValueError(
+    f"{folder / 'config.json'} is neither a model's nor a run's, or {folder} has no checkpoints yet; want a Hugging "
+    "Face folder, a folder of experiments.convert, or the workdir of a run that has saved a checkpoint."
+  )
 
 
-def read_model(folder: str | Path, **ours: Any) -> TransformerConfig:
-  """The configuration alone. ours: fields of it to set."""
+def read_model(folder: str | Path, **changes: Any) -> TransformerConfig:
+  """The configuration of the model in a folder.
+
+  Args:
+    changes: fields of the configuration to replace, for example remat.
+  Raises:
+    ValueError: not a folder of a model, a model that is not supported, or a run with a policy of the user's own.
+  """
   if kind_of(folder) == "hf":
-    return checkpoint.read_config(folder, **ours)
+    return checkpoint.read_config(folder, **changes)
   settings = read_json(Path(folder) / "config.json")
   if settings["model"] is None:
     raise ValueError(
-      f"{folder} is a run whose policy is {settings['policy']['name']}; commands read models of ours only. Such a "
-      "policy is evaluated during training (config.evaluation)."
+      f"{folder} is a run whose policy is {settings['policy']['name']}; commands read only the transformer. Evaluate "
+      "such a policy during training (config.evaluation)."
     )
   config = read_model_config(settings["model"])
-  return dataclasses.replace(config, **ours)
+  return dataclasses.replace(config, **changes)
 
 
 def read_base(folder: str | Path) -> str:
-  """The folder that a run's parameters came from; '' if they were drawn at random, or it is no run."""
+  """The source of a run's initial parameters (`config.pretrained`); '' if they were random, or it is no run."""
   return read_json(Path(folder) / "config.json").get("pretrained", "")
 
 
 def saved_dtype(folder: str | Path) -> str:
-  """The type its weights are kept in."""
+  """The dtype of the weights in a folder, such as "bfloat16"."""
   kind, settings = kind_of(folder), read_json(Path(folder) / "config.json")
   if kind == "orbax":
     return settings["dtype"]
@@ -83,14 +99,15 @@ def load_model(
   step: int | None = None,
   progress: Callable[[int], None] = lambda done: None,
 ) -> Model:
-  """Configuration and parameters, placed on the mesh (None: the default device).
+  """Loads the configuration and the parameters of a model.
 
   Args:
-    dtype: of the parameters, from a Hugging Face folder; elsewhere they are of the type they were saved in.
-    step: of a run's checkpoints, as `find_step` gives; None is the newest that can be read.
-    progress: told the bytes of every array in place (Hugging Face folders; of all at once elsewhere).
+    layout: the mesh that parameters are placed on; None is the default device.
+    dtype: of the parameters of a Hugging Face folder. Other folders are loaded in the dtype they were saved in.
+    step: of a run's checkpoints, as `find_step` returns it; None is the newest that can be read.
+    progress: called with the number of bytes loaded since the last call.
   Raises:
-    ValueError: names the file at fault and the cure.
+    ValueError: a file or checkpoint is missing or cannot be read; names it and the cure.
   """
   kind = kind_of(folder)
   if kind == "hf":
@@ -106,41 +123,59 @@ def load_model(
       restored = checkpoints.restore(_converted_params(config, layout))
       params = None if restored is None else restored.state
   if restored is None:
-    raise ValueError(f"{folder} holds no complete checkpoint.")
+    raise ValueError(f"{folder} has no complete checkpoint; name a folder that has one.")
   progress(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
   return Model(config, params)
 
 
-def find_step(folder: str | Path, wanted: str) -> int | None:
-  """The step of a run's checkpoint that is wanted; None for a folder that is no run.
+def find_step(folder: str | Path, name: str) -> int | None:
+  """The step of a run's checkpoint; None for a folder that is not a run.
 
   Args:
-    wanted: "newest", "best" (by held-out success) or a number.
+    name: "newest", "best" (largest held-out success) or a number, from the flag --step.
   Raises:
-    ValueError: there is no such checkpoint; says which there are.
+    ValueError: there is no such checkpoint; lists the existing ones.
   """
   if kind_of(folder) != "run":
-    if wanted != "newest":
-      raise ValueError(f"--step is {wanted}, but {folder} is no run and has no steps; leave --step out.")
+    if name != "newest":
+      raise ValueError(f"--step is {name}, but {folder} is no run and has no steps; leave --step out.")
     return None
   with Checkpoints(folder, read_only=True) as checkpoints:
-    there, best, newest = checkpoints.steps(), checkpoints.best_step(), checkpoints.latest_step()
-  found = {"best": best, "newest": newest}[wanted] if wanted in ("best", "newest") else None
-  if wanted.isdecimal() and int(wanted) in there:
-    found = int(wanted)
-  if found is None:
+    steps, best, newest = checkpoints.steps(), checkpoints.best_step(), checkpoints.latest_step()
+  by_name = {"best": best, "newest": newest} | {str(step): step for step in steps}
+  if by_name.get(name) is None:
     raise ValueError(
-      f"--step is {wanted}, and {folder} has no such checkpoint; want newest, best (there is "
-      f"{'one' if best is not None else 'none: no checkpoint was evaluated'}) or one of {', '.join(map(str, there))}."
+      f"--step is {name}, but {folder} has no such checkpoint; want newest, best (there is "
+      f"{'one' if best is not None else 'none: no checkpoint was evaluated'}) or one of {', '.join(map(str, steps))}."
     )
-  return found
+  return by_name[name]
+
+
+def check_same_model(
+  folder: str | Path, stored: TransformerConfig, config: TransformerConfig, fields: Iterable[str], cure: str
+) -> None:
+  """Checks that `config.model` is the model in a folder.
+
+  Args:
+    stored: its configuration. config: `config.model`.
+    fields: names of the fields to compare; those in `FREE_FIELDS` may differ.
+    cure: last line of the message.
+  Raises:
+    ValueError: lists the fields that differ.
+  """
+  differing = [
+    f"config.model.{name} is {getattr(config, name)!r}, there {getattr(stored, name)!r}"
+    for name in fields
+    if name not in FREE_FIELDS and getattr(config, name) != getattr(stored, name)
+  ]
+  raise_problems(f"{folder} is another model than config.model", differing, cure)
 
 
 def initial_state(components: Components, optimizer: optax.GradientTransformation) -> TrainState:
-  """The state that a run begins with: `config.pretrained`, with new adapters if asked for, or random parameters.
+  """The initial train state: parameters of `config.pretrained`, or random ones; new adapters if the config has some.
 
   Raises:
-    ValueError: the pretrained model is not the configured one; names the fields that differ.
+    ValueError: the pretrained model is not that of `config.model`; lists the fields that differ.
   """
   config, layout = components.config, components.layout
   if not config.pretrained:
@@ -151,15 +186,9 @@ def initial_state(components: Components, optimizer: optax.GradientTransformatio
       "models are read from folders. Load the parameters in your policy's init, and set config.pretrained to ''."
     )
   stored = read_model(config.pretrained)
-  differing = [
-    f"config.model.{field.name} is {getattr(config.model, field.name)!r}, there {getattr(stored, field.name)!r}"
-    for field in dataclasses.fields(stored)
-    if field.name not in FREE_FIELDS and getattr(config.model, field.name) != getattr(stored, field.name)
-  ]
-  raise_problems(
-    f"{config.pretrained} is another model than config.model", differing, "Use configs/pretrained.py with it."
-  )
-  # Parameters are trained in float32, whatever dtype they are stored in.
+  fields = [field.name for field in dataclasses.fields(stored)]
+  check_same_model(config.pretrained, stored, config.model, fields, "Use configs/pretrained.py with it.")
+  # Training keeps parameters in float32.
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), load_model(config.pretrained, layout).params)
   if config.model.lora.rank and not stored.lora.rank:
     params = lora.add_lora(config.model, params, components.key(INIT))
@@ -169,7 +198,11 @@ def initial_state(components: Components, optimizer: optax.GradientTransformatio
 
 
 def save_orbax(folder: str | Path, model: Model) -> None:
-  """Writes a model as an Orbax checkpoint that `load_model` reads."""
+  """Writes a model as an Orbax folder, which `load_model` reads.
+
+  Raises:
+    ValueError: the folder is not empty.
+  """
   folder = Path(folder)
   if folder.exists() and any(folder.iterdir()):
     raise ValueError(f"{folder} is not empty; name a new folder.")
@@ -183,7 +216,7 @@ def save_orbax(folder: str | Path, model: Model) -> None:
 
 
 def _converted_params(config: TransformerConfig, layout: Layout) -> Callable[[dict[str, Any]], Params]:
-  """What `save_orbax` kept, by the meta of its checkpoint."""
+  """A function from the meta of a checkpoint of `save_orbax` to its abstract parameters."""
   policy = build_policy(config)
   shapes, tree = jax.tree.flatten(jax.eval_shape(policy.init, jax.random.key(0)))
   shardings = jax.tree.leaves(mesh.param_shardings(policy, layout))
@@ -199,7 +232,7 @@ def _converted_params(config: TransformerConfig, layout: Layout) -> Callable[[di
 
 
 def _states_of_run(folder: str | Path, layout: Layout) -> Callable[[dict[str, Any]], Any]:
-  """What each phase of a run keeps, by the meta of its checkpoint."""
+  """A function from the meta of a run's checkpoint to its abstract state, which differs between phases."""
   config = read_config(ml_collections.ConfigDict(read_json(Path(folder) / "config.json")))
   policy, by_phase = make_policy(config, layout), optimizers(config)
 

@@ -1,9 +1,10 @@
-"""Optimizers of the two phases, and the parameters that they leave frozen."""
+"""The optimizer of a phase, and the parameters that it does not train."""
 
 import dataclasses
 
 import optax
 
+from experiments.setup.ranges import check_at_least
 from models.config import TransformerConfig
 from models.lora import BASE
 from rspo_jax.training import parameters
@@ -12,13 +13,20 @@ from rspo_jax.training.train_step import skip_nonfinite
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW under a schedule: linear warm-up, then a cosine to `final_fraction` of the learning rate.
+  """AdamW with a learning-rate schedule: linear warm-up, then cosine decay.
 
   Attributes:
-    learning_rate: its peak. warmup_steps: updates until there. final_fraction: share of it left at the last update.
-    max_grad_norm: gradients are scaled down to this global norm.
-    frozen: patterns of parameter paths that are not trained. freeze_router: the routers are not.
-    router_multiplier: factor on the learning rate of the routers.
+    learning_rate: the largest of the schedule, >= 0.
+    warmup_steps: updates until the largest learning rate, >= 0.
+    final_fraction: learning rate of the last update divided by the largest, >= 0; 1 keeps it constant after warm-up.
+    b1, b2: decay rates of the first and the second moment, in [0, 1).
+    weight_decay: decoupled, times the learning rate, >= 0.
+    max_grad_norm: gradients with a larger global norm are scaled down to it, > 0.
+    frozen: regular expressions; parameters whose path matches one are not trained (`rspo_jax.training.parameters`).
+    freeze_router: do not train the routers.
+    router_multiplier: factor on the updates of the routers, after AdamW, >= 0.
+  Raises:
+    ValueError: a field out of range.
   """
 
   learning_rate: float = 1e-3
@@ -32,11 +40,22 @@ class OptimizerConfig:
   freeze_router: bool = False
   router_multiplier: float = 1.0
 
+  def __post_init__(self):
+    check_at_least(self, learning_rate=0, warmup_steps=0, final_fraction=0, weight_decay=0, router_multiplier=0)
+    if not (0.0 <= self.b1 < 1.0 and 0.0 <= self.b2 < 1.0):
+      raise ValueError(f"b1 is {self.b1} and b2 {self.b2}; want decay rates in [0, 1).")
+    if not self.max_grad_norm > 0.0:
+      raise ValueError(f"max_grad_norm is {self.max_grad_norm}; want more than 0. Use inf to switch clipping off.")
+
 
 def make_optimizer(
   config: OptimizerConfig, updates: int, model: TransformerConfig | None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """AdamW under the config's schedule over that many updates; non-finite gradients are skipped."""
+  """The optimizer and its schedule over `updates` updates. Updates with non-finite gradients are skipped.
+
+  Args:
+    model: decides which parameters are always frozen; None for a policy of the user's own.
+  """
   schedule = optax.warmup_cosine_decay_schedule(
     init_value=config.learning_rate / (config.warmup_steps + 1),
     peak_value=config.learning_rate,
@@ -56,10 +75,10 @@ def make_optimizer(
 
 
 def frozen_parameters(config: OptimizerConfig, model: TransformerConfig | None) -> tuple[str, ...]:
-  """Patterns of parameters that are not trained: those of the config, and those that no gradient may move.
+  """Patterns of the parameters that are not trained.
 
-  The latter are the base beside LoRA adapters, and the bias on the experts' choice, which has an update rule of its
-  own.
+  Besides those of the config: the base model under LoRA adapters, and the bias on the experts' selection, which has its
+  own update rule (`UpdateOptions.router_bias_rate`).
   """
   routers = (parameters.ROUTER,) if config.freeze_router else ()
   base = (BASE,) if model is not None and model.lora.rank else ()

@@ -1,4 +1,4 @@
-"""Set-up of a process: devices, the compilation cache, and SIGTERM."""
+"""The process of a run: devices, the compilation cache, and SIGTERM."""
 
 import dataclasses
 import os
@@ -10,17 +10,20 @@ import jax
 from jax.experimental import multihost_utils
 
 from experiments.setup.allocator import keep_freed_memory
+from experiments.setup.ranges import check_at_least
 
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
-  """Where it runs.
+  """Devices and the compilation cache.
 
   Attributes:
-    mesh: sizes of 'data', 'fsdp', 'expert', 'tensor'; one may be -1 for the devices that are left.
-    cpu_devices: virtual devices on a CPU; 0 is one per core.
-    distributed: call `jax.distributed.initialize()` (a TPU pod or a cluster); an error there ends the run.
-    compilation_cache: folder of compiled programs; 'default' is in the user's cache folder, '' is off.
+    mesh: size of any of the axes "data", "fsdp", "expert", "tensor" (`rspo_jax.mesh.make_layout`); one size may be -1:
+      all remaining devices.
+    cpu_devices: number of virtual devices on a CPU; 0 is one per core.
+    distributed: call `jax.distributed.initialize()`, for a TPU pod or a cluster.
+    compilation_cache: folder of compiled programs; "default" is rspo_jax/xla in the user's cache folder, "" is no
+      cache.
   """
 
   mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1})
@@ -28,12 +31,14 @@ class RuntimeConfig:
   distributed: bool = False
   compilation_cache: str = "default"
 
+  def __post_init__(self):
+    check_at_least(self, cpu_devices=0)
+
 
 def start(runtime: RuntimeConfig) -> None:
-  """Configures JAX; to be called before any device is used.
+  """Configures JAX. Call it before any device is used.
 
-  Raises:
-    The error of `jax.distributed.initialize` if `distributed` is set: a host that trains alone must not pass for a pod.
+  An error of `jax.distributed.initialize` is not caught: a host of a pod must not train alone.
   """
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   jax.config.update("jax_num_cpu_devices", runtime.cpu_devices or cores)
@@ -45,7 +50,7 @@ def start(runtime: RuntimeConfig) -> None:
 
 
 def start_cache(runtime: RuntimeConfig) -> None:
-  """Keeps compiled programs in a folder, so that the next start need not compile them."""
+  """Stores compiled programs in a folder, so that the next start loads them instead of compiling."""
   if not runtime.compilation_cache:
     return
   folder = runtime.compilation_cache
@@ -57,18 +62,19 @@ def start_cache(runtime: RuntimeConfig) -> None:
 
 
 class Preemption:
-  """Whether SIGTERM was received, asked at the end of a step; all hosts get the same answer."""
+  """Notices SIGTERM, so that the run saves and ends after the current step."""
 
   def __init__(self):
-    self._asked = False
-    # With jax.distributed its own service takes the signal; a handler of ours would hide it.
+    self._received = False
+    # jax.distributed has its own handler, which another one would replace.
     if jax.process_count() == 1:
-      signal.signal(signal.SIGTERM, self._note)
+      signal.signal(signal.SIGTERM, self._on_sigterm)
 
-  def _note(self, *_):
-    self._asked = True
+  def _on_sigterm(self, *_):
+    self._received = True
 
   def requested(self, step: int) -> bool:
+    """Whether to stop after `step`; call it at the end of every step. All processes get the same answer."""
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
-    return self._asked
+    return self._received

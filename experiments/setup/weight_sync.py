@@ -1,4 +1,4 @@
-"""The remote engine of a run, and the folder through which it gets new weights."""
+"""The remote engine of a run, and its new weights, which pass through a folder."""
 
 import dataclasses
 import functools
@@ -25,9 +25,14 @@ class EngineConfig:
   """A remote inference engine instead of our own sampler (docs/remote_engine.md).
 
   Attributes:
-    urls: root of the server, several separated by commas. kind: "sglang" or "vllm", how it loads new weights.
-    folder: where the weights are written for it, as a Hugging Face folder that it sees under the same path.
-    model: the model's name in requests; '' for none. timeout: seconds that a completion may take.
+    urls: root of the server; several are separated by commas.
+    kind: a key of `UPDATES`, which selects the requests that make the engine load new weights.
+    folder: the Hugging Face folder that weights are written to before every step; the engine sees it under the same
+      path.
+    model: the model's name in requests; '' sends none.
+    timeout: limit for one completion, seconds, > 0.
+  Raises:
+    ValueError: no url, no folder, or an unknown kind.
   """
 
   urls: str = ""
@@ -36,16 +41,29 @@ class EngineConfig:
   model: str = ""
   timeout: float = 600.0
 
+  def __post_init__(self):
+    if not self.urls:
+      raise ValueError("urls is ''; name the root of a server, as http://127.0.0.1:8000.")
+    if self.kind not in UPDATES:
+      raise ValueError(f"kind is {self.kind!r}; want one of {', '.join(UPDATES)}.")
+    if not self.folder:
+      raise ValueError(
+        "folder is ''; name a folder that the engine sees too: its weights are written there before every step."
+      )
+    if not 0.0 < self.timeout < float("inf"):
+      raise ValueError(f"timeout is {self.timeout}; want seconds above 0.")
+
 
 def remote_engine(
   engine: EngineConfig, policy: Policy, model: TransformerConfig, sources: Sequence[str]
 ) -> Callable[[SamplingOptions], RemoteEngine]:
-  """Makes the engine for any options; all of them share one record of the last weight sync.
+  """A function from sampling options to the engine. All its engines share one record of the last weight sync.
 
   Args:
-    model: what the policy is built from. sources: folders that the initial model or its tokenizer may come from.
+    model: the configuration of the policy.
+    sources: folders of the initial model and its tokenizer, for `write_weights`.
   Raises:
-    ValueError: several processes, each of which would request all completions and get different ones.
+    ValueError: several processes. Each would request all completions, and their completions would differ.
   """
   if jax.process_count() > 1:
     raise ValueError(
@@ -71,11 +89,16 @@ def remote_engine(
 
 
 def write_weights(folder: str | Path, model: TransformerConfig, params: Params, sources: Sequence[str]) -> Path:
-  """Writes the parameters, adapters merged, into a folder, over those of the step before.
+  """Writes the parameters, with adapters merged, as a Hugging Face folder; overwrites those of the previous step.
 
-  File by file, each whole or not at all; the engine reads them only when it is told to. The tokenizer and the other
-  small files are copied from the first of the sources that is a Hugging Face folder.
+  Each file is replaced atomically. The files do not change together, so the engine must not read them before the
+  request to load them.
 
+  Args:
+    sources: names of folders; '' and other folders are ignored. The tokenizer and other small files are copied from the
+      first that is a Hugging Face folder.
+  Returns:
+    The folder as an absolute path.
   Raises:
     ValueError: the folder is that source.
   """
@@ -84,11 +107,11 @@ def write_weights(folder: str | Path, model: TransformerConfig, params: Params, 
   if source is not None and folder.resolve() == source.resolve():
     raise ValueError(
       f"config.engine.folder is {folder}, the folder that the model comes from, which would be overwritten; name "
-      "another."
+      "another folder."
     )
   folder.mkdir(parents=True, exist_ok=True)
   new = folder / ".new"
-  shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
+  shutil.rmtree(new, ignore_errors=True)  # left behind by a run that was killed while writing
   save_pretrained(new, *merge_lora(model, params), source=source)
   for path in new.iterdir():
     if path.is_file():

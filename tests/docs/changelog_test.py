@@ -5,7 +5,7 @@ import re
 import typing
 
 from experiments.config import ExperimentConfig
-from experiments.setup.config_flags import RENAMED
+from experiments.setup.renamed_keys import RENAMED
 from tests.docs.paths_test import MODULE, exists
 from tests.support.documents import plain_type
 from tests.support.paths import ROOT

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import re
 
 import jax
 import ml_collections
@@ -10,13 +9,12 @@ from experiments.configs import countdown_tiny
 from experiments.setup import runtime
 from experiments.setup.build import advantage_options, build, update_options
 from experiments.setup.checks import check_divides
-from experiments.setup.config_flags import RENAMED, config_dict, plain_config, read_config, renamed_key
+from experiments.setup.config_flags import config_dict, plain_config, read_config
 from experiments.setup.optimizer import make_optimizer
 from rspo_jax.objectives.mismatch import MismatchOptions
 from rspo_jax.objectives.table import OBJECTIVES
 from rspo_jax.objectives.token_level import grpo
 from tests.support.configs import changed
-from tests.support.documents import resolve
 
 LENGTH = {"name": "length", "options": {"max_length": 14, "buffer": 4}}
 TERMS = {"terms": {"it": {"name": "countdown"}, "long": LENGTH}, "success": "it"}
@@ -87,28 +85,6 @@ def test_setting_a_field_of_a_group_that_is_off_switches_it_on_unless_it_is_swit
   assert read_config(changed(curriculum__high=0.9)).curriculum.high == 0.9
   with pytest.raises(ValueError, match=r"config.curriculum.low is 0.9 and high 0.5"):
     read_config(changed(curriculum__low=0.9, curriculum__high=0.5))
-
-
-@pytest.mark.parametrize("old", RENAMED)
-def test_every_key_of_earlier_versions_is_answered_with_a_key_that_exists(old):
-  given = countdown_tiny.get_config()
-  *groups, last = old.split(".")
-  node = given
-  with given.unlocked(), given.ignore_type():
-    for group in groups:
-      if group not in node:
-        node[group] = ml_collections.ConfigDict()
-      node = node[group]
-    node[last] = 1
-    with pytest.raises(ValueError, match=rf"config\.{old} is now config\.") as raised:
-      read_config(given)
-  for path in re.findall(r"now config\.([\w.]+\w)", str(raised.value)):
-    resolve(path)
-
-
-def test_a_key_inside_a_renamed_group_is_answered_too():
-  assert renamed_key("rl.optimizer.learning_rate") == "optimizer.learning_rate"
-  assert renamed_key("rl.steps") == "steps" and renamed_key("rl.minibatches") == "" == renamed_key("seed")
 
 
 def test_the_norm_length_is_the_longest_completion_by_default():

@@ -86,7 +86,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(folder, caplog, chat
 def test_no_source_of_a_mixture_is_left_out_as_a_whole_without_a_word():
   examples = split_of("x", source="short").examples + split_of("xxxx", "xxxxx", source="long").examples
   split = Split("both", examples, weights={"short": 1.0, "long": 1.0})
-  with pytest.raises(ValueError, match="leaves no prompt from long in both; they have 1 to 5 tokens. Raise it"):
+  with pytest.raises(ValueError, match="leaves no prompt from long in both; its prompts have 1 to 5 tokens. Raise it"):
     up_to_length(split, BYTES, 3)
   kept = up_to_length(split, BYTES, 4)
   assert len(kept) == 2 and kept.weights == split.weights

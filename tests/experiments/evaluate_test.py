@@ -256,7 +256,7 @@ def test_mistakes_are_told_before_anything_is_drawn(home, run_folder, tmp_path):
   with pytest.raises(ValueError, match="easy.batch_problems is 12, which does not divide over the 8 batch shards"):
     check_divides(read_config(changed(f"{easy}.batch_problems", 12)), 8, training=False)
   assert "benchmark's name is part of file names" in complaint(changed("evaluation.benchmarks", {"a/b": {}}))
-  assert "config.evaluation.benchmarks.easy cannot be made" in complaint(
+  assert "config.evaluation.benchmarks.easy cannot be created" in complaint(
     changed(f"{easy}.data.options", OPTIONS | {"numbers": 99})
   )
   assert "config.model.num_experts is 8, there 4" in complaint(changed("model.num_experts", 8))
