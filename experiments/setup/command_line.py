@@ -8,7 +8,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments.setup.renamed_keys import renamed_key
-from rspo_jax.rollout.remote_engine import EngineError
+from rspo_jax.rollout.remote_client import EngineError
 
 
 def run_app(main: Callable[[], None], workdir_help: str) -> None:

@@ -13,7 +13,9 @@ from models.config import TransformerConfig
 from models.huggingface.checkpoint import save_pretrained
 from models.layers.weights import merge_lora
 from rspo_jax.files import read_json
-from rspo_jax.rollout.remote_engine import Client, RemoteEngine, update_sglang, update_vllm, when_changed
+from rspo_jax.rollout.remote_client import Client
+from rspo_jax.rollout.remote_engine import RemoteEngine
+from rspo_jax.rollout.remote_weights import update_sglang, update_vllm, when_changed
 from rspo_jax.rollout.token_sampling import SamplingOptions
 from rspo_jax.types import Params, Policy
 

@@ -1,6 +1,6 @@
 """Completions on the host, each with its own length, and how they become a batch of arrays."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,10 @@ class Completion(NamedTuple):
   def context(self) -> np.ndarray:
     """[p + m] int32, prompt and tokens: what the next token is conditioned on."""
     return np.concatenate([self.prompt, self.tokens])
+
+
+# Finished completions -> further ones to sample, or None to stop: see `rspo_jax.rollout.samplers.Sampler.draw`.
+OnFinished = Callable[[list[Completion]], Sequence[Completion] | None]
 
 
 def new_completion(number: int, prompt: np.ndarray, limit: int) -> Completion:
