@@ -5,8 +5,9 @@
     for step in range(steps):
       state, metrics = rl_step(state, step, collector=collector, functions=functions)
 
-`collect` and `update` share nothing but the record `Collected`, so that they can run on two threads. docs/library.md
-has a whole training program.
+`collect` and `update` share nothing but the record `Collected`, so that a later loop can run them on two threads
+(`update` donates the state, so such a loop has to give `collect` parameters of its own). docs/library.md has a whole
+training program.
 """
 
 import time

@@ -140,7 +140,7 @@ class Collector:
     return Collected(
       mesh.put_batch(rollout, self._layout),
       np.concatenate([group.scores.reward for group in chosen]),
-      work.metrics(rows)
+      work.metrics(chosen)
       | {
         "speed/sample_tokens_per_second": sampled_tokens / seconds,
         "seconds/sample": seconds,
@@ -311,11 +311,14 @@ class _Step:
     completions = (completion for group in self._groups for completion in group.completions)
     return sum(int(np.sum(completion.version == self._step)) for completion in completions)
 
-  def metrics(self, rows: Sequence[Completion]) -> dict[str, float]:
-    """Of all groups scored in this step; staleness of the rows that are trained on."""
-    options = self._options
-    scores = [group.scores for group in self._scored]
-    completions = [completion for group in self._scored for completion in group.completions]
+  def metrics(self, chosen: Sequence[Group]) -> dict[str, float]:
+    """Of all groups scored in this step, or, if all were carried over with their scores, of the chosen ones.
+
+    Staleness is that of the rows that are trained on.
+    """
+    options, groups = self._options, self._scored or chosen
+    scores = [group.scores for group in groups]
+    completions = [completion for group in groups for completion in group.completions]
     reward, answer_reward, success, form = (np.concatenate(column) for column in zip(*scores, strict=True))
     lengths = np.array([len(completion.tokens) for completion in completions])
     metrics = {
@@ -335,7 +338,7 @@ class _Step:
     if options.overlong_buffer:
       metrics["reward/overlong"] = (reward - answer_reward).mean()
     if options.carry_over:
-      age = self._step - np.concatenate([completion.version for completion in rows])
+      age = self._step - np.concatenate([c.version for group in chosen for c in group.completions])
       metrics |= {"staleness/mean": age.mean(), "staleness/max": age.max()}
       metrics["groups/carried"] = sum(group.started < self._step for group in self._groups) / len(self._groups)
     return metrics

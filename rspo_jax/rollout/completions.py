@@ -50,7 +50,7 @@ def new_completion(number: int, prompt: np.ndarray, limit: int) -> Completion:
 
 
 def new_completions(
-  prompts: Sequence[np.ndarray], samples: int, *, first: int = 0, limits: int | Sequence[int] = 0
+  prompts: Sequence[np.ndarray], samples: int, *, limits: int | Sequence[int], first: int = 0
 ) -> list[Completion]:
   """`samples` completions of every prompt, prompt-major, numbered from `first` on.
 

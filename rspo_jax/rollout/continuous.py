@@ -169,7 +169,7 @@ class ContinuousSampler:
         if more is None:
           break
         known |= {completion.number: completion for completion in more}
-        waiting.add(more)
+        waiting.add([completion for completion in more if not completion.done])
       if not waiting and not np.any(owner >= 0):
         break
       if waiting:

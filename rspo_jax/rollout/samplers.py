@@ -117,7 +117,7 @@ class BatchSampler:
         if more is None:
           break
         known |= {completion.number: completion for completion in more}
-        pending.extend(more)
+        pending.extend(completion for completion in more if not completion.done)
       if not pending:
         break
       finished = self._sample_batch(params, self._take_groups(pending), key, version)

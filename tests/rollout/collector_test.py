@@ -241,6 +241,22 @@ def test_every_sampler_oversamples_stops_early_and_carries_over(make, kind):
   assert made.begun > 12 * PROMPTS
 
 
+def test_a_step_that_scores_nothing_new_trains_on_carried_groups(make):
+  made = make(carry_over=2)
+  groups = made.begin(PROMPTS, 0, 0)
+  for group in groups:
+    for i, completion in enumerate(group.completions):
+      while not completion.done:
+        completion = make.engine.extend(completion, 1.0, 0)
+      group.completions[i] = completion
+  for group, scores in zip(groups, made.score(groups)[0], strict=True):
+    group.scores = scores
+  made.carried = groups
+  sampled = made.collect(1.0, 1)
+  assert prompts_of(sampled) == stream(PROMPTS) and made.carried == []
+  assert np.isfinite(sampled.metrics["reward/mean"]) and sampled.metrics["staleness/max"] == 1
+
+
 def test_oversampling_leaves_room_for_what_is_carried_over():
   with pytest.raises(ValueError, match=r"oversampling is 4; want less than prompts \(4\)"):
     CollectorOptions(prompts=PROMPTS, oversampling=PROMPTS)
