@@ -1,4 +1,4 @@
-r"""RSPO on grade-school mathematics from local files: GSM8K, judged by math-verify.
+r"""RSPO on grade-school mathematics from local files: GSM8K, scored with math-verify.
 
 What it shows: prompts and gold answers by the names of fields, with the math reward (docs/data.md has the settings for
 other files). With a FOLDER, a public checkpoint with a chat template is trained; it costs what the model costs. Without

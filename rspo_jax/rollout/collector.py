@@ -124,7 +124,7 @@ class Collector:
     first_step_number = step * options.dynamic_sampling_rounds
     if not carries:
       self.begun = first_step_number * options.prompts
-    # Without carry-over, keys and numbers begin afresh in every step.
+    # Without carry-over, keys and numbers start again in every step.
     key = jax.random.fold_in(self._key, 0 if carries else first_step_number)
     with ThreadPoolExecutor(1, "rewards") as thread:
       work = _Step(self, step, 0 if carries else self.begun, thread)

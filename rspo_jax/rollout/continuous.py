@@ -180,7 +180,7 @@ class ContinuousSampler:
       if not waiting:
         state, owner = self._resize(state, owner, min(size for size in self._sizes if size >= busy))
         fewer = max((size for size in self._sizes if size < busy), default=0)
-      # With an empty queue and nobody to report to, the last rows run until they fit into fewer.
+      # With an empty queue and no `on_finished`, the last rows run until they fit into fewer.
       least = max(1, busy - self._refill + 1) if waiting or on_finished is not None else fewer + 1
       state = self._decode(weights, key, state, jnp.int32(self.options.max_new_tokens), jnp.int32(least))
       running = mesh.fetch(state.running)
