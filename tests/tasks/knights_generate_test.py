@@ -281,6 +281,6 @@ def test_the_character_tokenizer_round_trips_compact_prompts_and_answers(folder)
 
 def test_a_data_set_without_an_alphabet_needs_a_tokenizer():
   assert set(ALPHABETS) == {"countdown", "knights"}
-  with pytest.raises(ValueError, match=r"config.tokenizer is ''.*files has no list; only countdown, knights"):
+  with pytest.raises(ValueError, match=r"config.tokenizer is ''.*no list of characters; only countdown, knights"):
     make_tokenizer("", "files")
   assert make_tokenizer("bytes", "files").vocab_size == 257
