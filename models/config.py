@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Any
 
-# Unrolled layers are faster on CPUs, but compile time grows with their number: 9.7 s instead of 7.2 s for the train
-# step of 4 layers (BENCHMARKS.md).
-UNROLLED_LAYERS = 8
+# Unrolled layers are faster on CPUs (0.91 of the time of a train step of width 256), but compile time grows with their
+# number: 9.7 s instead of 7.2 s for 4 layers. In narrow models they do not pay: at width 64, scoring took 1.15 of the
+# time
+# (BENCHMARKS.md).
+UNROLLED_LAYERS, UNROLLED_WIDTH = 8, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,13 +255,15 @@ class TransformerConfig:
     return sum(length for moe, length in self.segments if moe)
 
   def scans_layers(self, platform: str) -> bool:
-    """`scan_layers`, with None resolved for a platform of JAX: CPUs unroll up to `UNROLLED_LAYERS` layers.
+    """`scan_layers`, with None resolved for a platform of JAX.
 
-    Not with `remat`: XLA on CPUs saves memory by recomputation in a loop only.
+    CPUs unroll up to `UNROLLED_LAYERS` layers of width `UNROLLED_WIDTH` or more. Not with `remat`: XLA on CPUs saves
+    memory by recomputation in a loop only.
     """
     if self.scan_layers is not None:
       return self.scan_layers
-    return platform != "cpu" or self.remat or self.num_hidden_layers > UNROLLED_LAYERS
+    unrolls = self.num_hidden_layers <= UNROLLED_LAYERS and self.hidden_size >= UNROLLED_WIDTH and not self.remat
+    return platform != "cpu" or not unrolls
 
 
 def tiny_moe(vocab_size: int, **changes: Any) -> TransformerConfig:

@@ -155,8 +155,10 @@ def test_later_tokens_do_not_change_earlier_positions():
   np.testing.assert_allclose(other[:, :-1], expected[:, :-1], atol=1e-6)
 
 
-def test_default_unrolls_up_to_eight_layers_on_cpus():
-  config = dataclasses.replace(tiny.CONFIG, scan_layers=None)
+def test_default_unrolls_up_to_eight_wide_layers_on_cpus():
+  narrow = dataclasses.replace(tiny.CONFIG, scan_layers=None)
+  assert narrow.scans_layers("cpu")
+  config = dataclasses.replace(narrow, hidden_size=128)
   assert not config.scans_layers("cpu")
   assert config.scans_layers("gpu") and config.scans_layers("tpu")
   assert not dataclasses.replace(config, num_hidden_layers=8).scans_layers("cpu")
@@ -175,7 +177,7 @@ def test_platform_is_that_of_the_devices_of_the_mesh(monkeypatch):
 
 
 def test_auto_on_cpus_means_unrolled_layers_and_blocks():
-  config = dataclasses.replace(tiny.CONFIG, mlp_only_layers=(), scan_layers=None)
+  config = dataclasses.replace(tiny.CONFIG, hidden_size=128, mlp_only_layers=(), scan_layers=None)
   params = jax.eval_shape(build_policy(config).init, jax.random.key(0))
   tokens, valid = tiny.prompts()
 
