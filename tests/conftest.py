@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test, so that meshes are tested without hardware; programs compiled in haste."""
+"""Eight virtual CPU devices for every test, to test meshes without hardware; LLVM's expensive passes are disabled."""
 
 import os
 

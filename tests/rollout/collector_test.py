@@ -222,7 +222,7 @@ def test_rewards_are_worked_out_while_decoding_goes_on(make):
     return RewardResult(1.0, True, True)
 
   make(slow).collect(1.0, 0)
-  # The first groups are through after two ticks; their reward returns only when a third one has been drawn.
+  # The first groups are done after two ticks; their reward returns only after a third tick has been sampled.
   assert min(ticks) >= 3 and all(name.startswith("rewards") for name in inside)
 
 

@@ -187,7 +187,7 @@ def test_rows_split_over_a_mesh_draw_the_same():
 def test_the_programs_are_listed_and_no_other_is_compiled():
   made = sampler()
   assert len(made.programs) == 7 and "6 rows of up to 20 tokens" in made.programs[-1].name
-  assert [int(program.name.split()[1]) for program in made.programs[-3:]] == [1, 2, 6]  # decode so many rows
+  assert [int(program.name.split()[1]) for program in made.programs[-3:]] == [1, 2, 6]  # rows that each program decodes
   layers, keys, width = 2, 2, 8
   assert made.cache_bytes == 6 * (20 * (layers * 2 * keys * width * 4 + 1) + 4) + 4
   drawn(made)
